@@ -1,0 +1,63 @@
+"""The scheduler's decision for one step, as frozen values: what every runner executes.
+
+Knows sequences by number only: nothing of tenants, requests or the queue.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens of one sequence are chosen. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep every token."""
+
+    max_tokens: int = 256
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """Copy all positions of block `source` to block `target` before the step."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """One sequence's share of a step: compute `token_ids` at positions [start, start + len(token_ids)).
+
+    `block_ids` is the sequence's block table; block i holds positions [i * block_size, (i + 1) * block_size) and the
+    table covers every position up to the last one computed. All positions before `start` are already in the cache.
+    `sampling` is None while the chunk ends before the sequence's last token; else one token is sampled after it, at
+    absolute position `start + len(token_ids)`, and none of `banned_token_ids` is drawn.
+    """
+
+    sequence_id: int
+    token_ids: array[int]  # 'I', at least one
+    start: int
+    block_ids: Sequence[int]
+    sampling: SamplingParams | None = None
+    banned_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: block copies first, then all sequences together."""
+
+    sequences: tuple[ScheduledSequence, ...]
+    copies: tuple[BlockCopy, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens this step computes."""
+        return sum(len(sequence.token_ids) for sequence in self.sequences)
