@@ -41,6 +41,7 @@ class WorkerSettings(FleetSettings):
     worker_id: str = option("worker-0", "name of this worker in the fleet, kept over restarts")
     host: str = option("127.0.0.1", "address the worker listens on and gives to routers")
     worker_port: int = option(0, "port of the worker link; 0 takes a free one")
+    worker_metrics_port: int = option(0, "HTTP port of the worker's /metrics; 0 serves none")
     runner: str = option("model", "'model' computes; 'simulated' is a cost model", choices=("model", "simulated"))
     device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "weights and activations", choices=("auto", "float32", "bfloat16", "float16"))
@@ -80,13 +81,18 @@ class RouterSettings(FleetSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpSettings(RouterSettings, WorkerSettings):
-    """`pando up`: everything on one machine."""
+class CrewSettings(WorkerSettings):
+    """`pando workers`: workers under a supervisor in Ray."""
 
     workers: int = option(2, "number of workers")
     ray: str = option("", "Ray address to join; empty starts a local Ray")
     dashboard: str = option("off", "Ray dashboard", choices=("on", "off"))
-    ready_timeout_s: float = option(120.0, "longest to wait for the fleet to come up")
+    ready_timeout_s: float = option(120.0, "longest to wait for the workers to come up")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpSettings(RouterSettings, CrewSettings):
+    """`pando up`: everything on one machine."""
 
 
 S = TypeVar("S")
@@ -192,7 +198,7 @@ def _value(kind: type, value: object, where: str) -> Any:
         raise ConfigError(f"{where} must be a number")
     try:
         number = kind(value)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ConfigError(f"{where} must be {'a whole number' if kind is int else 'a number'}") from error
     if not 0 <= number < float("inf") or (kind is int and float(value) != number):
         raise ConfigError(f"{where} must be {'a whole number' if kind is int else 'a number'}, 0 or more")

@@ -1,0 +1,226 @@
+"""Ray as the fleet's control plane: a private local Ray or one that is joined, and the crew of workers in it.
+
+Knows actors and resources, nothing of requests. Invariant: a Ray started here ends with this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._raylet import Config
+from ray.exceptions import RayError
+
+from control.actors import SupervisorActor
+from control.children import source_path
+from control.supervisor import Patience, WorkerStatus
+from pando.errors import ConfigError, Unavailable
+from pando.settings import WorkerSettings, narrow
+
+_OBJECT_STORE_BYTES = 80 * 1024 * 1024
+_CALL_TIMEOUT_S = 30.0
+
+
+class Cluster:
+    """A connection to Ray. One a process, as Ray has it."""
+
+    def __init__(self, *, address: str = "", namespace: str = "pando", slots: int = 1, dashboard: bool = False) -> None:
+        """`address`: Ray to join, empty for one of our own with logical CPUs for `slots` workers and a supervisor."""
+        self._join = address
+        self._namespace = namespace
+        self._slots = slots
+        self._dashboard = dashboard
+        self._folder: Path | None = None
+        self.address = address
+        self.local = not address
+
+    @property
+    def log_folder(self) -> Path | None:
+        """Where a Ray of our own writes what actors print, until it ends."""
+        return self._folder / "session_latest" / "logs" if self._folder else None
+
+    def start(self) -> None:
+        """Start or join Ray; raises `ConfigError` when the address does not answer. Call from the main thread."""
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        asked_to_end = False
+        try:
+            context = self._start_local() if self.local else self._start_joined()
+        except SystemExit:  # Ray has a handler of SIGTERM of its own while it starts, and leaves it in place
+            asked_to_end = True
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)
+            if asked_to_end:
+                signal.raise_signal(signal.SIGTERM)
+        self.address = context.address_info["gcs_address"]
+
+    def stop(self) -> None:
+        """Leave Ray; one of our own ends. May be called again."""
+        ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def worker_options(self, settings: WorkerSettings, count: int) -> dict[str, Any]:
+        """Resources of a worker actor: a GPU each where there are GPUs, else CPUs so that `count` workers fit."""
+        total = ray.cluster_resources()
+        gpus = int(total.get("GPU", 0))
+        options: dict[str, Any] = {} if self.local else {"scheduling_strategy": "SPREAD"}
+        if settings.runner == "model" and settings.device != "cpu" and gpus:
+            if gpus < count:
+                raise ConfigError(
+                    f"{count} workers need {count} GPUs and there are {gpus}: fewer --workers or --device cpu"
+                )
+            return options | {"num_gpus": 1, "num_cpus": 0}
+        share = total.get("CPU", 1.0) / (count + 1)
+        return options | {"num_cpus": max(0.01, min(1.0, int(share * 100) / 100))}
+
+    def share_host(self, settings: WorkerSettings, count: int) -> WorkerSettings:
+        """Settings of workers that share hosts without GPUs: each takes its part of the cores and of the memory."""
+        nodes = max(1, len([node for node in ray.nodes() if node["Alive"]]))
+        per_node = -(-count // nodes)
+        cores = len(os.sched_getaffinity(0)) if self.local else int(ray.cluster_resources().get("CPU", 1)) // nodes
+        return narrow(
+            WorkerSettings,
+            settings,
+            threads=settings.threads or max(1, cores // per_node),
+            memory_fraction=settings.memory_fraction / per_node,
+        )
+
+    def _start_local(self) -> Any:
+        os.environ.update(_local_environment())
+        Config.initialize("")  # Ray read its settings when it was imported; it knows no public way to read them again
+        short = "/tmp" if len(tempfile.gettempdir()) > 40 else None  # Ray's unix sockets lie below it
+        self._folder = Path(tempfile.mkdtemp(prefix="pando-ray-", dir=short))
+        return ray.init(
+            num_cpus=self._slots + 1,
+            namespace=self._namespace,
+            include_dashboard=self._dashboard,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(self._folder),
+        )
+
+    def _start_joined(self) -> Any:
+        _check_answers(self._join)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        has_token = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+        os.environ.setdefault("RAY_AUTH_MODE", "token" if has_token else "disabled")
+        Config.initialize("")
+        try:
+            return ray.init(
+                address=self._join, namespace=self._namespace, log_to_driver=False, logging_level=logging.ERROR
+            )
+        except (ConnectionError, ValueError, RuntimeError, RayError) as error:
+            raise ConfigError(f"no Ray answers at {self._join}") from error
+
+
+class Crew:
+    """The workers of one fleet, kept by a supervisor actor."""
+
+    def __init__(
+        self, cluster: Cluster, settings: WorkerSettings, count: int, *, patience: Patience | None = None
+    ) -> None:
+        """`settings` are those of every worker; the ids are worker-0 to worker-(count - 1)."""
+        self._cluster = cluster
+        self._settings = settings
+        self._count = count
+        self._patience = patience or Patience()
+        self._supervisor: Any = None
+
+    def start(self) -> None:
+        """Start the supervisor, which starts the workers; returns before they serve."""
+        options = self._cluster.worker_options(self._settings, self._count)
+        settings = self._settings
+        if "num_gpus" not in options:
+            settings = self._cluster.share_host(settings, self._count)
+        try:
+            self._supervisor = (
+                ray.remote(SupervisorActor)
+                .options(
+                    name="supervisor", namespace=settings.cluster, num_cpus=options.get("num_cpus", 0), max_restarts=0
+                )
+                .remote(settings, self._count, options, self._patience)
+            )
+        except ValueError as error:
+            raise ConfigError("this Ray has a supervisor of that --cluster name already") from error
+        self._call("start")
+
+    def workers(self) -> list[WorkerStatus]:
+        """Every wanted worker as it is now; raises `Unavailable` when the supervisor is gone."""
+        found: list[WorkerStatus] = self._call("workers")
+        return found
+
+    def wait_ready(self, timeout_s: float, say: Callable[[Sequence[WorkerStatus]], None]) -> list[WorkerStatus]:
+        """Until every worker serves; `say` hears the states now and then. Raises `ConfigError` when one refuses."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            found = self.workers()
+            say(found)
+            for worker in found:
+                if worker.state == "refused":
+                    raise ConfigError(f"{worker.worker_id} cannot start: {worker.reason}")
+            if all(worker.state == "ready" for worker in found):
+                return found
+            if time.monotonic() > deadline:
+                raise ConfigError(f"the workers were not ready after {timeout_s:g} s")
+            time.sleep(0.1)
+
+    def tend(self) -> bool:
+        """Start the supervisor again if it is gone, and with it the workers, which ended with it; tells if it was."""
+        try:
+            self.workers()
+        except Unavailable:
+            self.stop()
+            self.start()
+            return True
+        return False
+
+    def stop(self) -> None:
+        """End the workers and their supervisor; may be called again."""
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is None or not ray.is_initialized():
+            return
+        with contextlib.suppress(RayError):  # it may be gone, and its workers with it
+            ray.get(supervisor.stop.remote(), timeout=_CALL_TIMEOUT_S)
+        ray.kill(supervisor, no_restart=True)
+
+    def _call(self, method: str) -> Any:
+        try:
+            return ray.get(getattr(self._supervisor, method).remote(), timeout=_CALL_TIMEOUT_S)
+        except RayError as error:
+            raise Unavailable("the supervisor of the workers is gone") from error
+
+
+def _check_answers(address: str, timeout_s: float = 3.0) -> None:
+    """Ray itself would wait for minutes. Addresses that Ray finds out by itself, such as "auto", are left to it."""
+    host, found, port = address.rpartition(":")
+    if not found or "/" in address or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=timeout_s).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"no Ray answers at {address}") from error
+
+
+def _local_environment() -> dict[str, str]:
+    """What a Ray of our own and every actor in it inherit: no reports, a token only this process knows, our sources."""
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),  # Ray keeps the first it reads
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # its agents wait so long for it before they end
+        "PYTHONPATH": source_path(),
+    }

@@ -1,0 +1,100 @@
+{{/* What every pod has in common. Service links stay off: they would set PANDO_* variables that no setting knows. */}}
+{{- define "pando.podCommon" -}}
+automountServiceAccountToken: false
+enableServiceLinks: false
+serviceAccountName: {{ include "pando.serviceAccount" . }}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* Restricted pod security: dict "user" UID "group" GID */}}
+{{- define "pando.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: {{ .user }}
+runAsGroup: {{ .group }}
+fsGroup: {{ .group }}
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "pando.containerSecurity" -}}
+allowPrivilegeEscalation: false
+privileged: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities: {drop: [ALL]}
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{/* Redis URL with its password from the auth Secret; kubelet fills in $(REDIS_PASSWORD). */}}
+{{- define "pando.redisEnv" -}}
+{{- $external := .Values.redis.external -}}
+{{- $internal := eq .Values.redis.mode "internal" -}}
+- name: REDIS_PASSWORD
+  valueFrom:
+    secretKeyRef: {name: {{ include "pando.authSecret" . }}, key: redis-password}
+- name: PANDO_REDIS
+  {{- if $internal }}
+  value: redis://:$(REDIS_PASSWORD)@{{ include "pando.redisHost" . }}:6379/0
+  {{- else }}
+  value: {{ ternary "rediss" "redis" $external.tls }}://:$(REDIS_PASSWORD)@{{ $external.host }}:{{ $external.port }}/{{ $external.database }}
+  {{- end }}
+{{- end -}}
+
+{{/* Ray: token authentication named outright, since Ray turns it on or off by what it finds. */}}
+{{- define "pando.rayEnv" -}}
+- {name: RAY_AUTH_MODE, value: token}
+- name: RAY_AUTH_TOKEN
+  valueFrom:
+    secretKeyRef: {name: {{ include "pando.authSecret" . }}, key: ray-token}
+- {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+- {name: RAY_health_check_initial_delay_ms, value: "2000"}
+- {name: RAY_health_check_period_ms, value: "2000"}
+- {name: RAY_health_check_timeout_ms, value: "2000"}
+- {name: RAY_health_check_failure_threshold, value: "3"}
+{{- end -}}
+
+{{/* Probes of a Ray node: its agent answers for the node, without the token. */}}
+{{- define "pando.rayProbes" -}}
+startupProbe:
+  httpGet: {path: /api/local_raylet_healthz, port: agent}
+  periodSeconds: 5
+  failureThreshold: 36
+readinessProbe:
+  httpGet: {path: /api/local_raylet_healthz, port: agent}
+  periodSeconds: 5
+  timeoutSeconds: 4
+  failureThreshold: 3
+livenessProbe:
+  httpGet: {path: /api/local_raylet_healthz, port: agent}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 6
+{{- end -}}
+
+{{/* Volumes of a Ray node: dict "root" $ "shm" SIZE */}}
+{{- define "pando.rayVolumes" -}}
+- name: tmp
+  emptyDir: {sizeLimit: 4Gi}
+- name: shm
+  emptyDir: {medium: Memory, sizeLimit: {{ .shm }}}
+{{ include "pando.modelVolume" .root }}
+{{- end -}}
+
+{{- define "pando.modelVolume" -}}
+- name: models
+  {{- if .Values.modelCache.enabled }}
+  persistentVolumeClaim:
+    claimName: {{ default (printf "%s-models" (include "pando.fullname" .)) .Values.modelCache.existingClaim }}
+  {{- else }}
+  emptyDir: {sizeLimit: {{ .Values.modelCache.size }}}
+  {{- end }}
+{{- end -}}
+
+{{- define "pando.rayMounts" -}}
+- {name: tmp, mountPath: /tmp}
+- {name: shm, mountPath: /dev/shm}
+- {name: models, mountPath: /models}
+{{- end -}}

@@ -1,0 +1,268 @@
+"""The host's work list for one step of attention: planned once from lengths and block tables, used by every layer.
+
+Knows lengths and block numbers only. Invariant: a plan names no cache position past a sequence's context, and none
+before its window, except ones it also lists as dead; dead positions are cleared after they were gathered.
+
+A layer's cache is addressed as rows: a *head row* is one head's tokens of a block, `[block_size * head_dim]`, a
+*slot row* is one head's vector of a slot, `[head_dim]`. Row numbers count from the layer's first element, so one plan
+serves all layers. With `heads = num_layers * 2 * num_kv_heads` head rows in a block:
+
+    head row = block * heads + kv * num_kv_heads + head        slot row = head row * block_size + offset
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+# Bounds of one gather, in elements. Gathered KV should stay in the processor's cache until it is used; below the
+# small bound an operation's fixed cost outweighs any padding.
+LARGEST_GATHER = 1 << 19
+SMALL_GATHER = 1 << 16
+TILE_ROWS = 256
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """KV of some contexts as one dense `[2, num_rows, num_kv_heads, length, head_dim]`."""
+
+    num_rows: int
+    length: int  # positions, a multiple of block_size
+    head_rows: torch.Tensor  # [2 * num_rows * num_kv_heads * length / block_size] int64
+    dead: torch.Tensor  # [num_dead] int64: rows of the gathered [2 * num_rows * num_kv_heads * length, head_dim]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Sequences of about one length that compute one token each."""
+
+    tokens: slice | torch.Tensor  # which of num_tokens
+    gather: Gather
+    mask: torch.Tensor  # [num_rows, 1, 1, length], 0 or -inf
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTile:
+    """Consecutive queries of one sequence and the gathered positions they can see."""
+
+    tokens: slice
+    keys: slice
+    mask: torch.Tensor  # [tokens, keys], 0 or -inf
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """One sequence that computes several tokens."""
+
+    gather: Gather
+    tiles: tuple[PrefillTile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WindowWork:
+    """All attention of a step for layers with one window."""
+
+    decode: tuple[DecodeGroup, ...]
+    prefill: tuple[PrefillChunk, ...]
+
+    @property
+    def largest_gather(self) -> int:
+        """In head rows."""
+        gathers = [group.gather for group in self.decode] + [chunk.gather for chunk in self.prefill]
+        return max((gather.head_rows.numel() for gather in gathers), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What `write_kv` and `attention` do in every layer of a step."""
+
+    num_tokens: int
+    slot_rows: torch.Tensor  # [num_tokens * 2 * num_kv_heads] int64: where each head's key and value are written
+    work: dict[int | None, WindowWork]  # by window; None sees the whole context
+    workspace: torch.Tensor  # room for the largest gather: a fresh buffer in each layer would cost its page faults
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The arguments of `plan_attention`, checked and in one place."""
+
+    query_starts: Ints  # [num_seqs], first of num_tokens
+    query_lens: Ints  # [num_seqs]
+    context_lens: Ints  # [num_seqs]
+    block_tables: Ints  # [num_seqs, max_blocks]
+    num_layers: int
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def heads(self) -> int:
+        return self.num_layers * 2 * self.num_kv_heads
+
+    @property
+    def kv_rows(self) -> Ints:
+        """Head rows of one layer within a block: [2, num_kv_heads]."""
+        return np.arange(2 * self.num_kv_heads).reshape(2, self.num_kv_heads)
+
+    def tensor(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
+
+
+def plan_attention(
+    kv_cache: torch.Tensor,
+    query_lens: Sequence[int] | Ints,
+    context_lens: Sequence[int] | Ints,
+    block_tables: Ints,
+    *,
+    windows: Sequence[int | None] = (None,),
+) -> AttentionPlan:
+    """Plan one step over `kv_cache`, of which only shape, dtype and device are used.
+
+    Sequence i computes `query_lens[i]` >= 1 tokens, the last of its `context_lens[i]`; they are packed in order.
+    `block_tables[num_seqs, max_blocks]` holds the block ids that cover each context; entries past it are not read.
+    A window of W lets a position see itself and the W - 1 before it. Raises ValueError if a table is too short.
+    """
+    _, num_layers, _, num_kv_heads, block_size, head_dim = kv_cache.shape
+    lens = np.asarray(query_lens, dtype=np.int64)
+    contexts = np.asarray(context_lens, dtype=np.int64)
+    if (lens < 1).any() or (contexts < lens).any():
+        raise ValueError("a sequence computes at least one token and at most its context")
+    if contexts.size and int(contexts.max()) > block_tables.shape[1] * block_size:
+        raise ValueError("a block table does not cover its context")
+    step = _Step(
+        query_starts=np.cumsum(lens) - lens,
+        query_lens=lens,
+        context_lens=contexts,
+        block_tables=block_tables,
+        num_layers=num_layers,
+        num_kv_heads=num_kv_heads,
+        block_size=block_size,
+        head_dim=head_dim,
+        dtype=kv_cache.dtype,
+        device=kv_cache.device,
+    )
+    work = {window: _window_work(step, window) for window in dict.fromkeys(windows)}
+    most = max(of.largest_gather for of in work.values())
+    return AttentionPlan(
+        num_tokens=int(lens.sum()),
+        slot_rows=step.tensor(_slot_rows(step)),
+        work=work,
+        workspace=torch.empty(most * block_size * head_dim, dtype=step.dtype, device=step.device),
+    )
+
+
+def _slot_rows(step: _Step) -> Ints:
+    sequence = np.repeat(np.arange(len(step.query_lens)), step.query_lens)
+    offset = np.arange(len(sequence)) - step.query_starts[sequence]
+    position = (step.context_lens - step.query_lens)[sequence] + offset
+    block = step.block_tables[sequence, position // step.block_size].astype(np.int64)
+    head_row = (block * step.heads)[:, None] + step.kv_rows.reshape(1, -1)
+    slot_rows: Ints = head_row * step.block_size + (position % step.block_size)[:, None]
+    return slot_rows.reshape(-1)
+
+
+def _window_work(step: _Step, window: int | None) -> WindowWork:
+    is_decode = step.query_lens == 1
+    buckets = _buckets(step, is_decode.nonzero()[0], window)
+    return WindowWork(
+        decode=tuple(_decode_group(step, members, window) for members in buckets),
+        prefill=tuple(_prefill_chunk(step, int(index), window) for index in (~is_decode).nonzero()[0]),
+    )
+
+
+def _first_key(step: _Step, window: int | None) -> Ints:
+    """The first position that any query of each sequence sees."""
+    starts = step.context_lens - step.query_lens
+    first: Ints = np.maximum(starts - (window - 1), 0) if window is not None else np.zeros_like(starts)
+    return first
+
+
+def _buckets(step: _Step, members: Ints, window: int | None) -> list[Ints]:
+    """Split decoding sequences so that each group pads little and gathers no more than fits the cache."""
+    if not len(members):
+        return []
+    blocks = -(-step.context_lens // step.block_size) - _first_key(step, window) // step.block_size
+    members = members[np.argsort(-blocks[members], kind="stable")]
+    unit = 2 * step.num_kv_heads * step.block_size * step.head_dim
+    groups: list[Ints] = []
+    begin, widest = 0, int(blocks[members[0]])
+    for index, count in enumerate(blocks[members].tolist()):
+        elements = (index - begin + 1) * widest * unit
+        fits = elements <= SMALL_GATHER or (elements <= LARGEST_GATHER and 4 * count >= 3 * widest)
+        if index > begin and not fits:
+            groups.append(np.sort(members[begin:index]))
+            begin, widest = index, count
+    groups.append(np.sort(members[begin:]))
+    return groups
+
+
+def _decode_group(step: _Step, members: Ints, window: int | None) -> DecodeGroup:
+    gather, live = _gather(step, members, window)
+    tokens = step.query_starts[members]
+    contiguous = int(tokens[-1] - tokens[0]) == len(tokens) - 1
+    return DecodeGroup(
+        tokens=slice(int(tokens[0]), int(tokens[-1]) + 1) if contiguous else step.tensor(tokens),
+        gather=gather,
+        mask=_additive(step, live)[:, None, None, :],
+    )
+
+
+def _prefill_chunk(step: _Step, member: int, window: int | None) -> PrefillChunk:
+    gather, _ = _gather(step, np.array([member]), window)
+    count = int(step.query_lens[member])
+    start = int(step.context_lens[member]) - count
+    base = int(_first_key(step, window)[member]) // step.block_size * step.block_size
+    first_token = int(step.query_starts[member])
+    tiles = []
+    for row in range(0, count, TILE_ROWS):
+        rows = min(TILE_ROWS, count - row)
+        # Gathered positions: the tile's first query is at `end - rows`, and with a window sees from `begin` on.
+        end = start + row + rows - base
+        begin = 0 if window is None else end - rows - (window - 1)
+        keys = slice(max(begin, 0), end)
+        tokens = slice(first_token + row, first_token + row + rows)
+        tiles.append(PrefillTile(tokens, keys, _causal_mask(step, rows, keys, None if window is None else begin)))
+    return PrefillChunk(gather, tuple(tiles))
+
+
+def _causal_mask(step: _Step, rows: int, keys: slice, begin: int | None) -> torch.Tensor:
+    """[rows, keys]: the last `rows` of `keys` are the queries' own; the first query sees from `begin` on, each
+    further one from one later."""
+    width = keys.stop - keys.start
+    hidden = torch.full((rows, width), -torch.inf, dtype=step.dtype, device=step.device)
+    if begin is None:
+        return hidden.triu_(width - rows + 1)
+    return hidden.triu(width - rows + 1).add_(hidden.tril_(begin - keys.start - 1))
+
+
+def _gather(step: _Step, members: Ints, window: int | None) -> tuple[Gather, npt.NDArray[np.bool_]]:
+    """The gather of these sequences' contexts, and which of its [num_rows, length] positions are in them."""
+    first_key = _first_key(step, window)[members]
+    first_block = first_key // step.block_size
+    num_blocks = -(-step.context_lens[members] // step.block_size) - first_block
+    widest = int(num_blocks.max())
+    # Columns past a context repeat its first block; they are dead.
+    columns = np.arange(widest)[None, :]
+    columns = first_block[:, None] + np.where(columns < num_blocks[:, None], columns, 0)
+    blocks = step.block_tables[members[:, None], columns].astype(np.int64)
+    head_rows = (blocks * step.heads)[None, :, None, :] + step.kv_rows[:, None, :, None]
+    length = widest * step.block_size
+    position = (first_block * step.block_size)[:, None] + np.arange(length)[None, :]
+    live = (position >= first_key[:, None]) & (position < step.context_lens[members][:, None])
+    row, offset = (~live).nonzero()
+    lane = np.arange(2)[:, None] * len(members) + row[None, :]  # [2, num_dead]
+    dead = (lane[:, None, :] * step.num_kv_heads + np.arange(step.num_kv_heads)[None, :, None]) * length + offset
+    gather = Gather(len(members), length, step.tensor(head_rows.reshape(-1)), step.tensor(dead.reshape(-1)))
+    return gather, live
+
+
+def _additive(step: _Step, seen: npt.NDArray[np.bool_]) -> torch.Tensor:
+    return step.tensor(np.where(seen, np.float32(0), np.float32(-np.inf))).to(step.dtype)

@@ -1,0 +1,115 @@
+"""Every operation in plain torch: what runs without Triton, and what Triton kernels are compared with.
+
+Knows tensors and plans. Invariant: no loop over tokens; per step and layer a few operations per group of decoding
+sequences and per tile of a prefill chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from kernels.plan import AttentionPlan, Gather
+
+
+def attention(
+    query: torch.Tensor,
+    layer_kv: torch.Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Causal attention of `query[num_tokens, num_heads, head_dim]` over the paged contexts of `plan`.
+
+    The step's own keys and values are in `layer_kv` already (see `write_kv`). `window` must be one of the plan's.
+    Scores are multiplied by `scale`. Returns `[num_tokens, num_heads, head_dim]`.
+    """
+    num_kv_heads = layer_kv.shape[2]
+    group = query.shape[1] // num_kv_heads
+    work = plan.work[window]
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for decode in work.decode:
+        keys, values = _gathered(layer_kv, decode.gather, plan.workspace)
+        # The heads of a group share their keys, so they are the query rows of one small matmul.
+        rows = query[decode.tokens].view(decode.gather.num_rows, num_kv_heads, group, -1)
+        result = F.scaled_dot_product_attention(rows, keys, values, attn_mask=decode.mask, scale=scale)
+        out[decode.tokens] = result.reshape(decode.gather.num_rows, query.shape[1], -1)
+    for chunk in work.prefill:
+        keys, values = _gathered(layer_kv, chunk.gather, plan.workspace)
+        for tile in chunk.tiles:
+            # [num_kv_heads, group, rows, head_dim] against one key head for each group, repeated by stride 0.
+            part = query[tile.tokens]
+            rows = part.view(part.shape[0], num_kv_heads, group, -1).permute(1, 2, 0, 3)
+            seen = keys[0, :, None, tile.keys].expand(-1, group, -1, -1)
+            mixed = values[0, :, None, tile.keys].expand(-1, group, -1, -1)
+            result = F.scaled_dot_product_attention(rows, seen, mixed, attn_mask=tile.mask, scale=scale)
+            out[tile.tokens] = result.permute(2, 0, 1, 3).flatten(1, 2)
+    return out
+
+
+def write_kv(key_value: torch.Tensor, layer_kv: torch.Tensor, plan: AttentionPlan) -> None:
+    """Write the step's keys and values, `key_value[num_tokens, 2 * num_kv_heads, head_dim]` (keys, then values),
+    into the slots of `plan`. Keys are rotated already."""
+    head_dim = key_value.shape[2]
+    rows = _rows(layer_kv, head_dim)
+    rows.index_copy_(0, plan.slot_rows, key_value.reshape(-1, head_dim))
+
+
+def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+    """Copy blocks `sources[n]` to `targets[n]` (int64), all layers; all sources are read before a target is written."""
+    kv_cache.index_copy_(0, targets, kv_cache.index_select(0, sources))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x[..., n]` over the root of its mean square in the last dimension, times `weight[n]`."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add `x` into `residual` (in place; both `[num_tokens, n]`); returns the norm of the sum, and the sum."""
+    residual.add_(x)
+    return F.rms_norm(residual, weight.shape, weight, eps), residual
+
+
+def head_rms_norm_(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """Norm each head of `x[num_tokens, heads, head_dim]` in place, with its own row of `weight[heads, head_dim]`."""
+    x.copy_(F.rms_norm(x, x.shape[2:], None, eps)).mul_(weight)
+
+
+def rotary_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotate `x[num_tokens, heads, head_dim]` in place; element i is paired with element i + head_dim / 2.
+
+    `cos` and `sin` are `[num_tokens, 1, 2, head_dim / 2]`, of x's dtype; `sin` has the sign of each half,
+    minus first.
+    """
+    halves = x.view(*x.shape[:2], 2, -1)
+    swapped = halves.flip(2)
+    halves.mul_(cos).addcmul_(swapped, sin)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` of `gate_up[num_tokens, 2 * n]` (gate, then up): `[num_tokens, n]`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def _gathered(layer_kv: torch.Tensor, gather: Gather, workspace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, each [num_rows, num_kv_heads, length, head_dim], zero where dead; valid until the next call."""
+    _, _, num_kv_heads, block_size, head_dim = layer_kv.shape
+    width = block_size * head_dim
+    rows = workspace[: gather.head_rows.numel() * width].view(-1, width)
+    torch.index_select(_rows(layer_kv, width), 0, gather.head_rows, out=rows)
+    # A weight of zero does not silence a NaN, so positions outside the context are cleared, not only masked.
+    rows.view(-1, head_dim).index_fill_(0, gather.dead, 0)
+    dense = rows.view(2, gather.num_rows, num_kv_heads, gather.length, head_dim)
+    return dense[0], dense[1]
+
+
+def _rows(layer_kv: torch.Tensor, width: int) -> torch.Tensor:
+    """The cache from this layer's first element on, as rows of `width` elements: a view."""
+    block_stride = layer_kv.stride(0)
+    elements = (layer_kv.shape[0] - 1) * block_stride + layer_kv[0].numel()
+    return layer_kv.as_strided((elements // width, width), (width, 1), layer_kv.storage_offset())

@@ -1,0 +1,148 @@
+"""Block keys: a chain of XXH3-128 digests over the token ids of full blocks, started from a scope root.
+
+Knows nothing of pools or workers; routers and workers share this one file. Invariant: equal regions, tokens and block
+size give equal keys in every process whose key fingerprint is equal. xxHash is no security boundary: whoever finds a
+block by its key still compares scope, parent and tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from xxhash import xxh3_128_digest
+
+from kvstore.block import BlockKey
+from kvstore.scope import KEY_VERSION, Region, ScopeRoot, check_regions, frame
+
+KEY_BITS = 128
+TOKEN_BYTES = 4
+
+
+class Span(NamedTuple):
+    """The full blocks of one region: up to block index `end`, exclusive; None for the open last one."""
+
+    end: int | None
+    root: ScopeRoot
+    seed: int
+    is_last: bool
+
+
+def spans(regions: Sequence[Region], block_size: int) -> list[Span]:
+    """The regions in whole blocks, borders rounded down; a region without a full block of its own has no span."""
+    check_regions(regions)
+    found: list[Span] = []
+    before = 0
+    for region in regions:
+        end = None if region.end is None else region.end // block_size
+        if end is None or end > before:
+            seed = int.from_bytes(region.root[:8], "little")
+            found.append(Span(end, region.root, seed, end is None))
+            before = end or 0
+    return found
+
+
+def block_keys(
+    regions: Sequence[Region], token_ids: array[int], block_size: int, *, key_bits: int = KEY_BITS
+) -> list[BlockKey]:
+    """The key of every full block of `token_ids` (an array 'I'), in order.
+
+    `key_bits` below 128 makes collisions likely; it is for tests of what happens then.
+    """
+    cut = _cutter(key_bits)
+    data = token_bytes(token_ids)
+    step = block_size * TOKEN_BYTES
+    num_blocks = len(token_ids) // block_size
+    keys: list[BlockKey] = []
+    append = keys.append
+    key = b""
+    for end, root, seed, _ in spans(regions, block_size):
+        first = len(keys)
+        if first >= num_blocks:
+            break
+        last = num_blocks if end is None else min(end, num_blocks)
+        key = _enter(key, root, seed)
+        for offset in range(first * step, last * step, step):
+            key = xxh3_128_digest(key + data[offset : offset + step], seed)
+            if cut is not None:
+                key = cut(key)
+            append(BlockKey(key))
+    return keys
+
+
+class KeyChain:
+    """A cursor over the keys of one sequence: `peek` the next block's key, `advance` once that block is accepted."""
+
+    __slots__ = ("_cut", "_parent", "_position", "_spans", "index")
+
+    def __init__(self, regions: Sequence[Region], block_size: int, *, key_bits: int = KEY_BITS) -> None:
+        self._spans = spans(regions, block_size)
+        self._cut = _cutter(key_bits)
+        self.restart()
+
+    def restart(self) -> None:
+        """Go back to the first block."""
+        self.index = 0
+        self._position = 0
+        self._parent = _enter(b"", self._spans[0].root, self._spans[0].seed)
+
+    @property
+    def root(self) -> ScopeRoot:
+        """The scope of the next block."""
+        return self._spans[self._position].root
+
+    @property
+    def in_last_region(self) -> bool:
+        """Whether the next block belongs to the last region."""
+        return self._spans[self._position].is_last
+
+    def peek(self, block_tokens: bytes) -> BlockKey:
+        """The key of the next block, were these its token ids (little-endian u32)."""
+        key = xxh3_128_digest(self._parent + block_tokens, self._spans[self._position].seed)
+        return BlockKey(key if self._cut is None else self._cut(key))
+
+    def advance(self, key: BlockKey) -> None:
+        """Take `key`, as `peek` gave it, for the next block and go behind it."""
+        self.index += 1
+        self._parent = key
+        if self.index == self._spans[self._position].end:
+            self._position += 1
+            self._parent = _enter(key, self.root, self._spans[self._position].seed)
+
+
+def key_fingerprint(model_fingerprint: bytes, block_size: int) -> str:
+    """Hex digest that two processes share exactly if they make the same keys from the same roots and tokens."""
+    message = frame("keys", KEY_VERSION.to_bytes(8, "little"), model_fingerprint, block_size.to_bytes(8, "little"))
+    return hashlib.blake2b(message, digest_size=16, person=b"pando.keys").hexdigest()
+
+
+def token_bytes(token_ids: array[int]) -> bytes:
+    """Token ids as little-endian u32."""
+    if token_ids.typecode != "I" or token_ids.itemsize != TOKEN_BYTES:
+        raise ValueError("token ids must be an array of type 'I'")
+    return token_ids.tobytes()
+
+
+def _enter(parent: bytes, root: ScopeRoot, seed: int) -> bytes:
+    """The parent of a region's first block: the root itself at the start, else a digest that binds both."""
+    return xxh3_128_digest(parent + root, seed) if parent else root
+
+
+class _Cut:
+    """Keeps the low `bits` of a digest and zeroes the rest."""
+
+    __slots__ = ("_mask",)
+
+    def __init__(self, bits: int) -> None:
+        self._mask = (1 << bits) - 1
+
+    def __call__(self, digest: bytes) -> bytes:
+        return (int.from_bytes(digest, "little") & self._mask).to_bytes(len(digest), "little")
+
+
+def _cutter(key_bits: int) -> _Cut | None:
+    if not 1 <= key_bits <= KEY_BITS:
+        raise ValueError("key_bits must be from 1 to 128")
+    return None if key_bits == KEY_BITS else _Cut(key_bits)

@@ -1,0 +1,63 @@
+"""The admin port as a client sees it: workers, tenants and totals of one router.
+
+Knows the `pando.v1.Admin` service and its credential. Every call has a deadline; errors are `pando.errors` types.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import grpc
+
+from pando.errors import PandoError, Unavailable, error_type
+from pando.v1 import admin_pb2, admin_pb2_grpc
+
+R = TypeVar("R")
+
+
+class AdminClient:
+    """A connection to the admin port at "host:port"; `key` is its bearer key, empty on loopback without keys."""
+
+    def __init__(self, target: str, *, key: str = "", timeout_s: float = 5.0) -> None:
+        self._target = target
+        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(target)
+        self._stub = admin_pb2_grpc.AdminStub(self._channel)
+
+    def __enter__(self) -> AdminClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self.close()
+
+    def workers(self) -> list[admin_pb2.Worker]:
+        """Every worker the router knows."""
+        return list(self._call(self._stub.ListWorkers, admin_pb2.ListWorkersRequest()).workers)
+
+    def tenants(self) -> list[admin_pb2.Tenant]:
+        """Every tenant the router has served."""
+        return list(self._call(self._stub.ListTenants, admin_pb2.ListTenantsRequest()).tenants)
+
+    def stats(self) -> admin_pb2.GetStatsResponse:
+        """The router's totals."""
+        return self._call(self._stub.GetStats, admin_pb2.GetStatsRequest())
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def _call(self, method: Callable[..., R], request: Any) -> R:
+        try:
+            return method(request, timeout=self._timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise self._typed(error) from None
+
+    def _typed(self, error: grpc.RpcError) -> PandoError:
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            return Unavailable(f"nothing answers at {self._target}")
+        return error_type(error.code())(error.details() or error.code().name)

@@ -1,0 +1,108 @@
+"""The admin gRPC service: what this router believes of workers, and what it counted.
+
+Knows the fleet's views and the metrics, and changes nothing. RPCs of the contract that this version does not serve
+answer UNIMPLEMENTED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pando.errors import Unsupported
+from pando.v1 import admin_pb2 as pb
+from pando.v1 import admin_pb2_grpc
+from router.admission import Admission
+from router.fleet import WorkerState, WorkerView
+from router.interceptors import Call
+from router.metrics import Metrics
+
+_STATES = {
+    WorkerState.CONNECTING: pb.WORKER_STATE_CONNECTING,
+    WorkerState.READY: pb.WORKER_STATE_READY,
+    WorkerState.DRAINING: pb.WORKER_STATE_DRAINING,
+    WorkerState.REFUSED: pb.WORKER_STATE_REFUSED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RouterView:
+    """What the admin service may look at."""
+
+    router_id: str
+    metrics: Metrics
+    admission: Admission
+    workers: Callable[[], Sequence[WorkerView]]
+    indexed_blocks: Callable[[], int]
+    index_connected: Callable[[], bool]
+    uptime_s: Callable[[], float]
+
+
+class AdminService(admin_pb2_grpc.AdminServicer):
+    """`pando.v1.Admin`."""
+
+    def __init__(self, view: RouterView) -> None:
+        self._view = view
+
+    async def ListWorkers(self, request: pb.ListWorkersRequest, call: Call) -> pb.ListWorkersResponse:
+        return pb.ListWorkersResponse(workers=[_worker(worker) for worker in self._view.workers()])
+
+    async def ListTenants(self, request: pb.ListTenantsRequest, call: Call) -> pb.ListTenantsResponse:
+        view = self._view
+        rows = [
+            pb.Tenant(
+                id=tenant,
+                requests=tally.requests,
+                prompt_tokens=tally.prompt_tokens,
+                cached_tokens=tally.cached_tokens,
+                completion_tokens=tally.completion_tokens,
+                in_flight=view.admission.in_flight_of(tenant),
+                failed=tally.failed,
+            )
+            for tenant, tally in sorted(view.metrics.tenants.items())
+        ]
+        return pb.ListTenantsResponse(tenants=rows)
+
+    async def GetStats(self, request: pb.GetStatsRequest, call: Call) -> pb.GetStatsResponse:
+        view, total = self._view, self._view.metrics.total
+        return pb.GetStatsResponse(
+            router=view.router_id,
+            uptime_s=view.uptime_s(),
+            requests=total.requests,
+            failed=total.failed,
+            in_flight=view.admission.in_flight,
+            prompt_tokens=total.prompt_tokens,
+            cached_tokens=total.cached_tokens,
+            completion_tokens=total.completion_tokens,
+            indexed_blocks=view.indexed_blocks(),
+            index_connected=view.index_connected(),
+        )
+
+    async def DrainWorker(self, request: pb.DrainWorkerRequest, call: Call) -> pb.DrainWorkerResponse:
+        raise Unsupported("draining a worker is not served by this version")
+
+    async def PurgeTenant(self, request: pb.PurgeTenantRequest, call: Call) -> pb.PurgeTenantResponse:
+        raise Unsupported("purging a tenant is not served by this version")
+
+    async def ExplainPlacement(self, request: pb.ExplainPlacementRequest, call: Call) -> pb.ExplainPlacementResponse:
+        raise Unsupported("explaining a placement is not served by this version")
+
+
+def _worker(worker: WorkerView) -> pb.Worker:
+    return pb.Worker(
+        id=worker.id,
+        epoch=worker.epoch,
+        state=_STATES[worker.state],
+        address=worker.address,
+        model=worker.model,
+        pid=worker.pid,
+        running=worker.running,
+        waiting=worker.waiting,
+        device_blocks=worker.device_blocks,
+        free_blocks=worker.free_blocks,
+        cached_blocks=worker.cached_blocks,
+        queued_tokens=worker.queued_tokens,
+        prefill_tokens_per_s=worker.prefill_tokens_per_s,
+        indexed_blocks=worker.indexed_blocks,
+        reason=worker.reason,
+    )

@@ -1,0 +1,285 @@
+"""The workers that this router believes in: who is refused, linked, ready, gone, and a place at one of them.
+
+Knows no text and decides nothing: `placement` does, on the members' candidates. Invariant: choosing a worker and
+reserving it is one step without an await.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import PurePath
+
+from kvstore.block import WorkerId
+from kvstore.block_key import key_fingerprint
+from kvstore.lease import Lease
+from kvstore.memory_index import MemoryIndex
+from kvstore.mirror import Mirror
+from router.member import Ask, Clock, Member, Reservation, WorkerState
+from router.placement import Placement, Policy, place
+from router.worker_link import WorkerHello, WorkerLink
+
+__all__ = ["Ask", "Fleet", "FleetModel", "Reservation", "WorkerState", "WorkerView"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One worker, for `Admin.ListWorkers` and `pando status`. `reason` says why it is not ready."""
+
+    id: str
+    epoch: int
+    state: WorkerState
+    address: str
+    model: str
+    pid: int
+    running: int
+    waiting: int
+    device_blocks: int
+    free_blocks: int
+    cached_blocks: int
+    queued_tokens: int
+    prefill_tokens_per_s: float
+    indexed_blocks: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FleetModel:
+    """The model that all workers of the fleet serve."""
+
+    model: str
+    model_fingerprint: bytes
+    block_size: int
+    vocab_size: int
+    max_model_len: int
+
+
+class Fleet:
+    """Follows the leases, keeps a link to each worker it accepts, and reserves. For one event loop.
+
+    `model` is the name the router was told to serve; a worker that serves another one, keys blocks otherwise or has
+    another block size is refused. The first worker accepted decides the model's fingerprint for as long as one like it
+    is there.
+    """
+
+    def __init__(
+        self,
+        mirror: Mirror,
+        index: MemoryIndex,
+        *,
+        router: str,
+        model: str,
+        block_size: int,
+        policy: Policy = "cost",
+        clock: Clock = time.monotonic,
+        link_type: type[WorkerLink] = WorkerLink,
+    ) -> None:
+        self._mirror = mirror
+        self._index = index
+        self._router = router
+        self._model = PurePath(model).name
+        self._block_size = block_size
+        self._policy: Policy = policy
+        self._clock = clock
+        self._link_type = link_type
+        self._members: dict[WorkerId, Member] = {}
+        self._adopted: FleetModel | None = None
+        self._ready = asyncio.Event()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._turn = 0
+
+    async def start(self) -> None:
+        """Follow the mirror's leases from now on, those it already has first."""
+        self._mirror.on_lease_change = self._lease_changed
+        for worker, lease in self._mirror.leases().items():
+            self._lease_changed(worker, lease)
+
+    async def stop(self) -> None:
+        """Close every link; their streams are lost. Idempotent."""
+        self._mirror.on_lease_change = None
+        for worker in list(self._members):
+            self._drop(worker)
+        self._update_ready()
+        await asyncio.gather(*self._closing)
+
+    @property
+    def ready(self) -> bool:
+        """Whether at least one worker takes requests."""
+        return self._ready.is_set()
+
+    @property
+    def model_spec(self) -> FleetModel | None:
+        """None until a worker has been accepted."""
+        return self._adopted
+
+    @property
+    def num_reserved(self) -> int:
+        """Requests of this router that hold a place at a worker of the fleet."""
+        return sum(member.num_open for member in self._members.values())
+
+    async def wait_ready(self, timeout_s: float) -> bool:
+        """Wait for a worker that takes requests; whether one came."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._ready.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def workers(self) -> list[WorkerView]:
+        """Every worker that has a lease, in order of its name."""
+        return [self._view(self._members[worker]) for worker in sorted(self._members)]
+
+    def reserve(self, ask: Ask) -> Reservation | Placement:
+        """Choose a worker and hold a place there; the `Placement` alone, with its reasons, where none can take it."""
+        now = self._clock()
+        found = self._index.match(ask.keys)
+        candidates = []
+        for worker, member in self._members.items():
+            cached = found.get(worker)
+            publishes = cached is not None or self._index.num_blocks(worker) > 0
+            candidates.append(member.candidate(ask, cached.device_blocks if cached else 0, publishes, now))
+        placement = place(ask.prompt, candidates, self._policy, self._turn)
+        if placement.worker is None:
+            return placement
+        self._turn += 1
+        held = found.get(placement.worker)
+        keys = ask.keys[held.device_blocks if held else 0 :] if ask.stores else ()
+        return self._members[placement.worker].open(placement, keys, self._clock)
+
+    def note_draining(self, worker: WorkerId, epoch: int) -> None:
+        """This life of the worker takes no more requests: it said so to one, before its lease or load did."""
+        member = self._members.get(worker)
+        if member is not None and member.lease.epoch == epoch:
+            member.said_draining = True
+            self._update_ready()
+
+    # Leases and links
+
+    def _lease_changed(self, worker: WorkerId, lease: Lease | None) -> None:
+        member = self._members.get(worker)
+        if lease is None:
+            self._lease_ended(worker, member)
+        elif member is not None and member.life == (lease.epoch, lease.pid, lease.address):
+            member.lease = lease
+            member.ended = False
+            self._update_ready()
+        else:
+            self._drop(worker)
+            self._members[worker] = Member(lease, self._new_link(lease))
+            self._judge()
+
+    def _lease_ended(self, worker: WorkerId, member: Member | None) -> None:
+        """No new request goes there; those that run go on while the link lives."""
+        if member is not None:
+            logger.info("the lease of worker %s ended, epoch %d", worker, member.lease.epoch)
+            member.ended = True
+            self._link_changed(worker)
+
+    def _new_link(self, lease: Lease) -> WorkerLink:
+        fingerprint = _fingerprint(lease, self._block_size)
+        hello = WorkerHello(lease.worker_id, lease.epoch, self._block_size, fingerprint)
+        on_change = partial(self._link_changed, WorkerId(lease.worker_id))
+        return self._link_type(lease.address, router=self._router, expected=hello, on_change=on_change)
+
+    def _drop(self, worker: WorkerId) -> None:
+        member = self._members.pop(worker, None)
+        if member is not None:
+            task = asyncio.create_task(member.link.stop())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    def _link_changed(self, worker: WorkerId) -> None:
+        member = self._members.get(worker)
+        if member is not None and member.ended and not (member.link.live and member.link.num_streams):
+            self._drop(worker)
+            self._judge()
+        self._update_ready()
+
+    def _update_ready(self) -> None:
+        if any(member.state is WorkerState.READY for member in self._members.values()):
+            self._ready.set()
+        else:
+            self._ready.clear()
+
+    # Who belongs
+
+    def _judge(self) -> None:
+        """Refuse or accept each worker, and link to those accepted."""
+        self._adopt()
+        for member in self._members.values():
+            refused = self._refusal(member.lease)
+            if refused and not member.refused:
+                logger.warning("worker %s is refused: %s", member.lease.worker_id, refused)
+            member.refused = refused
+            if not refused:
+                member.link.start()
+        self._update_ready()
+
+    def _adopt(self) -> None:
+        """Keep to the model that is served; choose anew only when no worker serves it any more."""
+        fitting = [self._members[worker].lease for worker in sorted(self._members)]
+        fitting = [lease for lease in fitting if not self._mismatch(lease)]
+        current = self._adopted.model_fingerprint.hex() if self._adopted else ""
+        if fitting and all(lease.model_fingerprint != current for lease in fitting):
+            self._adopted = _fleet_model(fitting[0])
+
+    def _refusal(self, lease: Lease) -> str:
+        mismatch = self._mismatch(lease)
+        if mismatch or self._adopted is None:
+            return mismatch
+        same = lease.model_fingerprint == self._adopted.model_fingerprint.hex()
+        return "" if same else "its model is not the one that the fleet serves"
+
+    def _mismatch(self, lease: Lease) -> str:
+        """What of a worker does not fit this router, whatever others serve."""
+        if lease.block_size != self._block_size:
+            return f"its block size is {lease.block_size}, the router's {self._block_size}"
+        if PurePath(lease.model).name != self._model:
+            return f"it serves {lease.model}, the router {self._model}"
+        if lease.key_fingerprint != _fingerprint(lease, self._block_size):
+            return "its key fingerprint differs: it would name blocks otherwise"
+        return ""
+
+    def _view(self, member: Member) -> WorkerView:
+        lease, load = member.lease, member.load
+        return WorkerView(
+            id=lease.worker_id,
+            epoch=lease.epoch,
+            state=member.state,
+            address=lease.address,
+            model=lease.model,
+            pid=lease.pid,
+            running=load.running,
+            waiting=load.waiting,
+            device_blocks=lease.device_blocks,
+            free_blocks=load.free_blocks,
+            cached_blocks=load.cached_blocks,
+            queued_tokens=member.queued_tokens(load),
+            prefill_tokens_per_s=load.prefill_tokens_per_s,
+            indexed_blocks=self._index.num_blocks(WorkerId(lease.worker_id)),
+            reason=member.reason,
+        )
+
+
+def _fingerprint(lease: Lease, block_size: int) -> str:
+    """What the lease's key fingerprint must be; empty for a model fingerprint that is none."""
+    try:
+        return key_fingerprint(bytes.fromhex(lease.model_fingerprint), block_size)
+    except ValueError:
+        return ""
+
+
+def _fleet_model(lease: Lease) -> FleetModel:
+    return FleetModel(
+        model=lease.model,
+        model_fingerprint=bytes.fromhex(lease.model_fingerprint),
+        block_size=lease.block_size,
+        vocab_size=lease.vocab_size,
+        max_model_len=lease.max_model_len,
+    )

@@ -1,0 +1,99 @@
+"""What the router counts: totals, one row a tenant, and the same for Prometheus.
+
+Knows no request. Invariant: the number of label values is bounded; tenants past the bound are counted as "other".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from kvstore.scope import TenantId
+
+MAX_TENANT_LABELS = 256
+OTHER = TenantId("other")
+
+_TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30.0, 60.0)
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums since the start."""
+
+    requests: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Metrics:
+    """Counts of one router. For one event loop."""
+
+    def __init__(self) -> None:
+        self.total = Tally()
+        self.tenants: dict[TenantId, Tally] = {}
+        self.registry = CollectorRegistry()
+        self._calls = Counter("pando_router_calls", "gRPC calls", ["method", "code"], registry=self.registry)
+        self._requests = Counter("pando_router_requests", "Requests begun", ["tenant"], registry=self.registry)
+        self._failed = Counter("pando_router_requests_failed", "Of these, failed", ["tenant"], registry=self.registry)
+        self._tokens = Counter(
+            "pando_router_tokens",
+            "Tokens of finished requests: computed and cached of the prompt, completion",
+            ["tenant", "kind"],
+            registry=self.registry,
+        )
+        self._ttft = Histogram(
+            "pando_router_ttft_seconds",
+            "Arrival to first token",
+            buckets=_TTFT_BUCKETS,
+            registry=self.registry,
+        )
+
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A value that is read when the metrics are."""
+        Gauge(f"pando_router_{name}", text, registry=self.registry).set_function(read)
+
+    def call(self, method: str, code: str) -> None:
+        """A gRPC call ended."""
+        self._calls.labels(method.rsplit("/", 1)[-1], code).inc()
+
+    def begin(self, tenant: TenantId) -> None:
+        """A request of the tenant begins."""
+        self.total.requests += 1
+        self._tally(tenant).requests += 1
+        self._requests.labels(self._label(tenant)).inc()
+
+    def fail(self, tenant: TenantId) -> None:
+        """It failed."""
+        self.total.failed += 1
+        self._tally(tenant).failed += 1
+        self._failed.labels(self._label(tenant)).inc()
+
+    def first_token(self, seconds: float) -> None:
+        """It gave its first token."""
+        self._ttft.observe(seconds)
+
+    def used(self, tenant: TenantId, *, prompt: int, cached: int, completion: int) -> None:
+        """What it used, once it is over."""
+        for tally in (self.total, self._tally(tenant)):
+            tally.prompt_tokens += prompt
+            tally.cached_tokens += cached
+            tally.completion_tokens += completion
+        label = self._label(tenant)
+        for kind, tokens in (("computed", max(0, prompt - cached)), ("cached", cached), ("completion", completion)):
+            self._tokens.labels(label, kind).inc(tokens)
+
+    def exposition(self) -> tuple[bytes, str]:
+        """What Prometheus reads, and its content type."""
+        return bytes(generate_latest(self.registry)), CONTENT_TYPE_LATEST  # type: ignore[no-untyped-call]
+
+    def _tally(self, tenant: TenantId) -> Tally:
+        return self.tenants.setdefault(self._label(tenant), Tally())
+
+    def _label(self, tenant: TenantId) -> TenantId:
+        known = tenant in self.tenants or len(self.tenants) < MAX_TENANT_LABELS
+        return tenant if known else OTHER

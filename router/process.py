@@ -1,0 +1,281 @@
+"""One router process: its parts put together, started in order and stopped in reverse.
+
+Knows every part by its face only. Invariant: `start` either serves on all ports or raises one `ConfigError` and leaves
+nothing running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import cast
+from urllib.parse import urlsplit
+
+import grpc
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from kvstore.memory_index import MemoryIndex
+from kvstore.mirror import Mirror
+from pando.errors import ConfigError
+from pando.model_folder import resolve_model
+from pando.settings import RouterSettings
+from router.admin_api import RouterView
+from router.admission import Admission
+from router.auth import check_admin_key, open_authenticator
+from router.dispatch import Dispatch
+from router.fleet import Fleet, FleetModel
+from router.generation import Generation
+from router.grpc_api import InferenceService
+from router.health import HealthService
+from router.http_api import HttpServer
+from router.interceptors import GateLimits
+from router.metrics import Metrics
+from router.model_card import ModelCard, read_model_card
+from router.placement import Policy
+from router.server import INFERENCE, PREFIXES, ServerOptions, address, admin_server, check_free, listen, public_server
+from router.tokenizer import Tokenizer
+
+GRACE_S = 5.0
+REDIS_START_S = 3.0
+SECRET_TTL_MS = 3000
+SECRET_EVERY_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """Where a router listens, each "host:port"."""
+
+    router: str
+    grpc: str
+    http: str
+    admin: str
+
+
+class RouterProcess:
+    """Everything of one router, for one event loop."""
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self._settings = settings
+        self._router_id = settings.router_id or f"router-{secrets.token_hex(4)}"
+        self._parts = AsyncExitStack()
+        self._started = time.monotonic()
+
+    async def start(self) -> Listening:
+        """Serve; returns once every port is open, whether or not a worker is there yet."""
+        try:
+            return await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Let running calls end for a few seconds, then close everything. Idempotent."""
+        await self._parts.aclose()
+
+    async def run(self, on_ready: Callable[[Listening], None]) -> None:
+        """Serve until SIGINT or SIGTERM."""
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, ended.set)
+        on_ready(await self.start())
+        await ended.wait()
+        await self.stop()
+
+    async def _start(self) -> Listening:
+        settings = self._settings
+        authenticator = open_authenticator(settings.tenants, settings.host)
+        check_admin_key(settings.admin_key, settings.host)
+        for port in (settings.port, settings.http_port, settings.admin_port):
+            check_free(settings.host, port)
+        secret = await self._agree_on_secret()
+        card, tokenizer = await asyncio.to_thread(self._load_model)
+        self._parts.callback(tokenizer.close)
+        index, mirror, fleet = await self._follow_fleet()
+        metrics, admission = Metrics(), Admission(settings.max_in_flight)
+        generation = Generation(Dispatch(fleet, secret), tokenizer, admission, metrics)
+        inference = InferenceService(
+            generation, tokenizer, ServedModel(card, fleet).card, block_size=settings.block_size
+        )
+        view = RouterView(
+            router_id=self._router_id,
+            metrics=metrics,
+            admission=admission,
+            workers=fleet.workers,
+            indexed_blocks=lambda: len(index),
+            index_connected=lambda: mirror.connected,
+            uptime_s=lambda: time.monotonic() - self._started,
+        )
+        _add_gauges(metrics, view)
+        health = HealthService(lambda: fleet.ready, (INFERENCE, PREFIXES))
+        options = ServerOptions(
+            GateLimits(settings.max_request_s), settings.max_message_bytes, settings.reflection == "on"
+        )
+        http = await self._serve_http(metrics, lambda: fleet.ready)
+        admin = await self._serve(admin_server(view, settings.admin_key, options), settings.admin_port)
+        public = public_server(inference, health, authenticator, metrics, options)
+        grpc_address = await self._serve(public, settings.port)
+        self._parts.callback(health.stop)
+        return Listening(self._router_id, grpc_address, http, admin)
+
+    def _load_model(self) -> tuple[ModelCard, Tokenizer]:
+        folder = resolve_model(self._settings.model)
+        card = read_model_card(self._settings.model, folder)
+        for field in card.ignored:
+            log.warning("generation_config.json sets %s, which this version does not apply", field)
+        return card, Tokenizer(folder, threads=self._settings.tokenizer_threads, max_tokens=card.context_length)
+
+    async def _follow_fleet(self) -> tuple[MemoryIndex, Mirror, Fleet]:
+        settings = self._settings
+        index = MemoryIndex()
+        mirror = Mirror(settings.redis, settings.cluster, index)
+        fleet = Fleet(
+            mirror,
+            index,
+            router=self._router_id,
+            model=settings.model,
+            block_size=settings.block_size,
+            policy=cast(Policy, settings.placement),
+        )
+        await mirror.start()
+        self._parts.push_async_callback(mirror.stop)
+        await fleet.start()
+        self._parts.push_async_callback(fleet.stop)
+        return index, mirror, fleet
+
+    async def _serve(self, server: grpc.aio.Server, port: int) -> str:
+        where = listen(server, self._settings.host, port)
+        await server.start()
+        self._parts.push_async_callback(server.stop, GRACE_S)
+        return where
+
+    async def _serve_http(self, metrics: Metrics, ready: Callable[[], bool]) -> str:
+        http = HttpServer(metrics, ready)
+        self._parts.push_async_callback(http.stop)
+        port = await http.start(self._settings.host, self._settings.http_port)
+        return address(self._settings.host, port)
+
+    async def _agree_on_secret(self) -> bytes:
+        """The cluster secret, after Redis was reached and no other router was found to use another one."""
+        settings = self._settings
+        if not settings.redis:
+            raise ConfigError("a router needs --redis URL: it finds its workers there")
+        if not settings.cluster_secret:
+            log.warning("no cluster secret is set: a random one is used, and no second router can join")
+        secret = (settings.cluster_secret or secrets.token_hex(32)).encode()
+        claim = SecretClaim(settings.redis, settings.cluster, secret)
+        self._parts.push_async_callback(claim.stop)
+        await claim.start()
+        return secret
+
+
+class ServedModel:
+    """The model card, narrowed to what the fleet's workers can do once one is known."""
+
+    def __init__(self, card: ModelCard, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._own = card
+        self._spec: FleetModel | None = None
+        self._narrowed = card
+
+    def card(self) -> ModelCard:
+        """The card as it holds now."""
+        spec = self._fleet.model_spec
+        if spec is not self._spec and spec is not None:
+            self._spec = spec
+            self._narrowed = replace(
+                self._own,
+                context_length=min(self._own.context_length, spec.max_model_len),
+                vocab_size=min(self._own.vocab_size, spec.vocab_size),
+            )
+        return self._narrowed
+
+
+class SecretClaim:
+    """A keyed digest of the cluster secret in Redis, kept alive while this router lives: routers must agree on it."""
+
+    def __init__(self, url: str, cluster: str, secret: bytes) -> None:
+        self._url = url
+        self._key = f"{cluster}:secret-check"
+        self._digest = hashlib.blake2b(b"check", key=hashlib.sha256(secret).digest(), person=b"pando.secret").digest()
+        self._client = _redis_client(url)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Raise `ConfigError` if Redis cannot be reached, or a live router has another secret."""
+        deadline = time.monotonic() + REDIS_START_S
+        while not await self._claim_or_wait(deadline):
+            # What a router that died left behind is gone after its time to live.
+            await asyncio.sleep(0.2)
+        self._task = asyncio.create_task(self._keep(), name="cluster-secret")
+
+    async def stop(self) -> None:
+        """Stop renewing. Other routers' claims stay."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._client.aclose()
+
+    async def _claim_or_wait(self, deadline: float) -> bool:
+        late = time.monotonic() > deadline + SECRET_TTL_MS / 1000
+        try:
+            agreed = await self._claim()
+        except redis.RedisError as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(f"cannot reach Redis at {_without_credentials(self._url)}") from error
+            return False
+        if not agreed and late:
+            raise ConfigError("another router of this cluster has another cluster secret: set PANDO_CLUSTER_SECRET")
+        return agreed
+
+    async def _claim(self) -> bool:
+        if await self._client.set(self._key, self._digest, nx=True, px=SECRET_TTL_MS):
+            return True
+        if await self._client.get(self._key) != self._digest:
+            return False
+        await self._client.pexpire(self._key, SECRET_TTL_MS)
+        return True
+
+    async def _keep(self) -> None:
+        agreed = True
+        while True:
+            await asyncio.sleep(SECRET_EVERY_S)
+            try:
+                now_agreed = await self._claim()
+            except redis.RedisError:
+                continue
+            if agreed and not now_agreed:
+                log.error("another router of this cluster has another cluster secret: they share no cached prefix")
+            agreed = now_agreed
+
+
+def _redis_client(url: str) -> redis.asyncio.Redis:
+    try:
+        return redis.asyncio.Redis.from_url(
+            url, socket_timeout=1.0, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0)
+        )
+    except ValueError as error:
+        raise ConfigError("the Redis URL is not one: redis://HOST:PORT/DB") from error
+
+
+def _without_credentials(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
+
+
+def _add_gauges(metrics: Metrics, view: RouterView) -> None:
+    metrics.gauge("in_flight", "Requests in flight", lambda: view.admission.in_flight)
+    metrics.gauge("indexed_blocks", "Blocks in the prefix index", view.indexed_blocks)
+    metrics.gauge("index_connected", "1 while the index is fed by Redis", view.index_connected)
+    metrics.gauge("workers", "Workers with a lease", lambda: len(view.workers()))

@@ -1,0 +1,397 @@
+"""The router's end of the link to one worker: one gRPC session that carries every sequence of the pair.
+
+Knows no placement and no text; the only router file that touches the worker's stubs. Invariant: when the session
+breaks, every stream open on it ends with `WorkerLost` at once, and nothing of an old session is delivered any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import random
+from array import array
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import grpc
+
+from kvstore.scope import Region
+from pando.worker.v1 import worker_pb2 as pb
+from pando.worker.v1 import worker_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 3.0
+BACKOFF_FIRST_S = 0.05
+BACKOFF_MOST_S = 1.0
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+# A crashed worker's kernel resets the connection; a hung one only stays silent. Keepalive alone takes gRPC a minute to
+# give up on it: the ping timeout is what ends the session. Channels share nothing, so no backoff of an old one lingers.
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.keepalive_timeout_ms", 1500),
+    ("grpc.http2.ping_timeout_ms", 1500),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+)
+
+_FINISH = {
+    pb.FINISH_STOP: "stop",
+    pb.FINISH_LENGTH: "length",
+    pb.FINISH_CANCELLED: "cancelled",
+    pb.FINISH_ERROR: "error",
+    pb.FINISH_DEADLINE: "deadline",
+    pb.FINISH_REJECTED: "rejected",
+}
+
+
+class WorkerLost(Exception):
+    """The session with the worker ended while a sequence was open on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingChoice:
+    """How tokens are chosen. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep every token."""
+
+    max_tokens: int = 256
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One attempt at a request, as the worker gets it. `timeout_s` is the time left when it is sent."""
+
+    request_id: str
+    attempt: int
+    token_ids: array[int]  # 'I'
+    num_prompt_tokens: int
+    regions: tuple[Region, ...]
+    sampling: SamplingChoice
+    priority: int
+    timeout_s: float
+    no_store: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionReport:
+    """What the worker found when it admitted the sequence; all but the last two count prompt tokens."""
+
+    cached_device: int = 0
+    cached_cpu: int = 0
+    cached_remote: int = 0
+    cached_published: int = 0
+    blocks_copied: int = 0
+    queue_ms: float = 0.0
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were not computed, wherever they came from."""
+        return self.cached_device + self.cached_cpu + self.cached_remote
+
+
+@dataclass(frozen=True, slots=True)
+class LinkOutput:
+    """New tokens of one sequence, or its end. `finish` is a word of the worker's `Finish`, in lower case."""
+
+    attempt: int
+    first_index: int
+    token_ids: tuple[int, ...]
+    finish: str | None = None
+    admission: AdmissionReport | None = None
+    stop_token_id: int | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerHello:
+    """What the worker says of itself when a session begins."""
+
+    worker: str
+    epoch: int
+    block_size: int
+    key_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """How busy the worker said it was."""
+
+    running: int = 0
+    waiting: int = 0
+    queued_tokens: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    prefill_tokens_per_s: float = 0.0
+    step_ms: float = 0.0
+    draining: bool = False
+
+
+class LinkStream:
+    """The outputs of one sequence, waiting to be taken; a slow reader finds them together."""
+
+    __slots__ = ("_lost", "_news", "_outputs", "sequence")
+
+    def __init__(self, sequence: int) -> None:
+        self.sequence = sequence
+        self._outputs: list[LinkOutput] = []
+        self._news = asyncio.Event()
+        self._lost = False
+
+    async def take(self) -> list[LinkOutput]:
+        """All outputs since the last call, at least one; waits for it. Raises `WorkerLost` once none is left."""
+        await self._news.wait()
+        self._news.clear()
+        outputs, self._outputs = self._outputs, []
+        if self._lost:
+            self._news.set()
+            if not outputs:
+                raise WorkerLost
+        return outputs
+
+    def _put(self, output: LinkOutput) -> None:
+        self._outputs.append(output)
+        self._news.set()
+
+    def _lose(self) -> None:
+        self._lost = True
+        self._news.set()
+
+
+class WorkerLink:
+    """Keeps a session with one life of a worker, for one event loop; reconnects with backoff until it is stopped.
+
+    `on_change` is called when the session comes up, breaks, or the worker reports its load.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        router: str,
+        expected: WorkerHello,
+        on_change: Callable[[], None] = lambda: None,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.address = address
+        self.live = False
+        self.load: WorkerLoad | None = None
+        self.num_loads = 0
+        self.reason = "connecting"
+        self._router = router
+        self._expected = expected
+        self._on_change = on_change
+        self._rng = rng or random.Random()
+        self._sequences = itertools.count(1)
+        self._streams: dict[int, LinkStream] = {}
+        self._outgoing: asyncio.Queue[pb.RouterMessage] = asyncio.Queue()
+        self._stopped = False
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def num_streams(self) -> int:
+        """Sequences open on this link."""
+        return len(self._streams)
+
+    def start(self) -> None:
+        """Begin to connect, in the background. Idempotent."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._keep(), name=f"worker-link {self._expected.worker}")
+
+    async def stop(self) -> None:
+        """End the session; open streams are lost. Idempotent."""
+        self._stopped = True
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    def submit(self, submission: Submission) -> LinkStream:
+        """Send a sequence; its outputs arrive in the stream. Raises `WorkerLost` while there is no session."""
+        if not self.live:
+            raise WorkerLost
+        stream = LinkStream(next(self._sequences))
+        self._streams[stream.sequence] = stream
+        self._outgoing.put_nowait(pb.RouterMessage(submit=_submit_message(stream.sequence, submission)))
+        return stream
+
+    def close(self, stream: LinkStream) -> None:
+        """Forget a stream and cancel its sequence if the worker has not ended it. Idempotent, never waits."""
+        if self._streams.pop(stream.sequence, None) is not None:
+            self._outgoing.put_nowait(pb.RouterMessage(cancel=pb.Cancel(sequence=stream.sequence)))
+
+    async def _keep(self) -> None:
+        backoff = BACKOFF_FIRST_S
+        while not self._stopped:
+            was_live = await self._one_session()
+            backoff = BACKOFF_FIRST_S if was_live else min(2 * backoff, BACKOFF_MOST_S)
+            await asyncio.sleep(backoff * self._rng.uniform(0.5, 1.0))
+
+    async def _one_session(self) -> bool:
+        """Connect, serve until it breaks, clean up; whether the session had come up."""
+        was_live = False
+        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            try:
+                stub = worker_pb2_grpc.WorkerLinkStub(channel)  # type: ignore[no-untyped-call]
+                messages = aiter(stub.Session(self._messages()))
+                await self._greet(messages)
+                was_live = True
+                async for message in messages:
+                    self._take(message)
+                self._down("the worker ended the session")
+            except grpc.aio.AioRpcError as error:
+                self._down(_reason(error))
+            except grpc.aio.BaseError:
+                self._down("the session failed inside gRPC")
+            except asyncio.CancelledError:
+                # gRPC says so too when it gave up the call itself: only a cancel of this task may end the task.
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                self._down("gRPC cancelled the session")
+            except TimeoutError:
+                self._down("no hello from the worker")
+            except _Stranger as error:
+                self._down(str(error))
+            finally:
+                self._lose_all()
+        return was_live
+
+    async def _greet(self, messages: AsyncIterator[pb.WorkerMessage]) -> None:
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            message = await anext(messages, None)
+        if message is None or not message.HasField("hello"):
+            raise _Stranger("the worker began without a hello")
+        hello = message.hello
+        said = WorkerHello(hello.worker, hello.epoch, hello.block_size, hello.key_fingerprint)
+        if said != self._expected:
+            raise _Stranger("another worker, epoch or key fingerprint answered")
+        self.live = True
+        self.reason = ""
+        self._on_change()
+
+    async def _messages(self) -> AsyncIterator[pb.RouterMessage]:
+        """What goes down the session, hello first. Belongs to one session: an old one's queue is not read again."""
+        outgoing: asyncio.Queue[pb.RouterMessage] = asyncio.Queue()
+        self._outgoing = outgoing
+        expected = self._expected
+        hello = pb.RouterHello(router=self._router, key_fingerprint=expected.key_fingerprint, epoch=expected.epoch)
+        yield pb.RouterMessage(hello=hello)
+        while True:
+            yield await outgoing.get()
+
+    def _take(self, message: pb.WorkerMessage) -> None:
+        kind = message.WhichOneof("message")
+        if kind == "step":
+            for output in message.step.sequences:
+                self._deliver(output)
+        elif kind == "load":
+            self.load = _load(message.load)
+            self.num_loads += 1
+            self._on_change()
+
+    def _deliver(self, output: pb.SequenceOutput) -> None:
+        stream = self._streams.get(output.sequence)
+        if stream is None:
+            return
+        if output.finish != pb.FINISH_NONE:
+            del self._streams[output.sequence]
+        stream._put(_link_output(output))
+
+    def _down(self, reason: str) -> None:
+        if self.live:
+            logger.warning("the link to worker %s broke: %s", self._expected.worker, reason)
+        self.reason = reason
+
+    def _lose_all(self) -> None:
+        self.live = False
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream._lose()
+        self._on_change()
+
+
+class _Stranger(Exception):
+    """Who answered is not the worker life that was meant."""
+
+
+def _reason(error: grpc.aio.AioRpcError) -> str:
+    if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+        return "refused by the worker: " + (error.details() or "")
+    return f"no session: {error.code().name}"
+
+
+def _submit_message(sequence: int, submission: Submission) -> pb.Submit:
+    sampling = submission.sampling
+    return pb.Submit(
+        sequence=sequence,
+        request_id=submission.request_id,
+        attempt=submission.attempt,
+        token_ids=submission.token_ids,
+        num_prompt_tokens=submission.num_prompt_tokens,
+        regions=[pb.Region(scope_root=region.root, end=region.end or 0) for region in submission.regions],
+        sampling=pb.SamplingParams(
+            max_tokens=sampling.max_tokens,
+            min_tokens=sampling.min_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+            stop_token_ids=sampling.stop_token_ids,
+        ),
+        priority=submission.priority,
+        deadline_ms=max(1, int(submission.timeout_s * 1000)),
+        no_store=submission.no_store,
+    )
+
+
+def _link_output(output: pb.SequenceOutput) -> LinkOutput:
+    finish = _FINISH.get(output.finish)
+    return LinkOutput(
+        attempt=output.attempt,
+        first_index=output.first_index,
+        token_ids=tuple(output.token_ids),
+        finish=finish,
+        admission=_admission(output.admission) if output.HasField("admission") else None,
+        stop_token_id=output.stop_token_id if finish == "stop" else None,
+        reason=output.reason,
+    )
+
+
+def _admission(admission: pb.Admission) -> AdmissionReport:
+    return AdmissionReport(
+        cached_device=admission.cached_device_tokens,
+        cached_cpu=admission.cached_cpu_tokens,
+        cached_remote=admission.cached_remote_tokens,
+        cached_published=admission.cached_published_tokens,
+        blocks_copied=admission.blocks_copied,
+        queue_ms=admission.queue_ms,
+    )
+
+
+def _load(load: pb.Load) -> WorkerLoad:
+    return WorkerLoad(
+        running=load.running,
+        waiting=load.waiting,
+        queued_tokens=load.queued_tokens,
+        free_blocks=load.free_blocks,
+        cached_blocks=load.cached_blocks,
+        prefill_tokens_per_s=load.prefill_tokens_per_s,
+        step_ms=load.step_ms,
+        draining=load.draining,
+    )

@@ -1,0 +1,50 @@
+"""The kernels' case table against float64, on the CPU. The same table runs on a GPU in tests/gpu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernel_cases import CASES, Case, make_problem
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention(case: Case, dtype: torch.dtype) -> None:
+    problem = make_problem(case, dtype, "cpu")
+    result = problem.run()
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.double(), problem.expected(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_write_touches_its_slots_only(case: Case) -> None:
+    problem = make_problem(case, torch.float32, "cpu")
+    problem.run()
+    layer = problem.kv_cache[:, problem.layer]
+    for table, context in zip(problem.block_tables, problem.contexts, strict=True):
+        for position in range(len(context)):
+            written = layer[table[position // case.block_size], :, :, position % case.block_size]
+            assert torch.equal(written, context[position].float())
+    slots = {(block, offset) for block, offset in (~layer.isnan()).any(2).any(1).any(-1).nonzero().tolist()}
+    assert slots == problem.slots()
+    others = [index for index in range(problem.kv_cache.shape[1]) if index != problem.layer]
+    assert problem.kv_cache[:, others].isnan().all()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if len(case.query_lens) > 1], ids=str)
+def test_a_sequence_alone_gives_the_same(case: Case) -> None:
+    together = make_problem(case, torch.float32, "cpu")
+    result = together.run()
+    first = 0
+    for row, (count, length) in enumerate(zip(case.query_lens, case.context_lens, strict=True)):
+        rows = slice(first, first + count)
+        alone = make_problem(case, torch.float32, "cpu")
+        alone.case = Case(case.name, (count,), (length,), case.heads, case.block_size, case.window)
+        alone.block_tables = together.block_tables[row : row + 1]
+        alone.kv_cache = together.kv_cache
+        alone.query, alone.key_value = together.query[rows], together.key_value[rows]
+        torch.testing.assert_close(alone.run(), result[rows], atol=2e-6, rtol=2e-6)
+        first += count

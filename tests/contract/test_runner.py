@@ -1,0 +1,204 @@
+"""What every runner must do, asked of the simulated one and of the model: a batch's shape never shows in its tokens."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from kvstore.block_pool import BlockPool
+from kvstore.scope import Region, ScopeRoot
+from pando.settings import WorkerSettings
+from worker.batch import Batch, BlockCopy, SamplingParams, ScheduledSequence
+from worker.runner import Runner
+from worker.scheduler import Scheduler, SchedulerLimits
+from worker.sequence import SequenceRequest
+
+NUM_BLOCKS = 96
+BLOCK_SIZE = 16
+SETTINGS = WorkerSettings(
+    model="pando-tiny",
+    device="cpu",
+    dtype="float32",
+    device_blocks=NUM_BLOCKS,
+    block_size=BLOCK_SIZE,
+    simulated_step_ms=0.0,
+    threads=1,
+)
+
+
+def simulated() -> Runner:
+    from worker.simulated_runner import load_simulated_runner
+
+    return load_simulated_runner(SETTINGS)
+
+
+def model() -> Runner:
+    from worker.model_runner import load_model_runner
+
+    return load_model_runner(SETTINGS)
+
+
+@pytest.fixture(scope="module", params=[simulated, model], ids=lambda load: load.__name__)
+def load(request: pytest.FixtureRequest) -> Callable[[], Runner]:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def runner(load: Callable[[], Runner]) -> Iterator[Runner]:
+    made = load()
+    yield made
+    made.close()
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, 2000) for _ in range(length)]
+
+
+def share(tokens: list[int], blocks: list[int], start: int = 0, **changes: Any) -> ScheduledSequence:
+    return ScheduledSequence(1, array("I", tokens), start, blocks, **({"sampling": SamplingParams()} | changes))
+
+
+def run(runner: Runner, *shares: ScheduledSequence) -> list[int]:
+    return runner.execute(Batch(tuple(shares)))
+
+
+def greedy(runner: Runner, tokens: list[int], blocks: list[int], steps: int, **changes: Any) -> list[int]:
+    """Prefill at once, then one token a step."""
+    found = run(runner, share(tokens, blocks, **changes))
+    while len(found) < steps:
+        found += run(runner, share(found[-1:], blocks, start=len(tokens) + len(found) - 1, **changes))
+    return found
+
+
+def test_the_spec_is_whole(runner: Runner) -> None:
+    spec = runner.spec
+    assert (spec.num_blocks, spec.block_size) == (NUM_BLOCKS, BLOCK_SIZE)
+    assert len(spec.fingerprint) == 16
+    assert spec.vocab_size > 2000
+    assert spec.max_model_len > 0
+    assert all(0 <= token < spec.vocab_size for token in spec.eos_token_ids)
+
+
+def test_a_second_load_has_the_same_spec_and_tokens(runner: Runner, load: Callable[[], Runner]) -> None:
+    second = load()
+    assert second.spec == runner.spec
+    assert greedy(second, prompt(20), [0, 1], 6) == greedy(runner, prompt(20), [0, 1], 6)
+    second.close()
+
+
+def test_one_token_for_each_share_with_sampling_in_order(runner: Runner) -> None:
+    alone = [run(runner, share(prompt(9 + i, seed=i), [i]))[0] for i in range(4)]
+    shares = [share(prompt(9 + i, seed=i), [i], sampling=None if i == 2 else SamplingParams()) for i in range(4)]
+    assert run(runner, *shares) == [alone[0], alone[1], alone[3]]
+    assert run(runner, shares[2]) == []
+
+
+def test_blocks_may_lie_anywhere(runner: Runner) -> None:
+    assert greedy(runner, prompt(40), [0, 1, 2, 3], 20) == greedy(runner, prompt(40), [50, 7, 95, 20], 20)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 33])
+def test_chunks_do_not_show(runner: Runner, chunk: int) -> None:
+    tokens, blocks = prompt(50), [9, 3, 12, 30]
+    whole = greedy(runner, tokens, [0, 1, 2, 4], 5)
+    for start in range(0, 50 - chunk, chunk):
+        last = start
+        run(runner, share(tokens[start : start + chunk], blocks, start=start, sampling=None))
+        last = start + chunk
+    first = run(runner, share(tokens[last:], blocks, start=last))
+    rest = [*first]
+    while len(rest) < 5:
+        rest += run(runner, share(rest[-1:], blocks, start=50 + len(rest) - 1))
+    assert rest == whole
+
+
+def test_a_mixed_batch_does_not_show(runner: Runner) -> None:
+    prompts = [prompt(3 + 5 * i, seed=i) for i in range(16)]
+    tables = [[6 * i + j for j in range(6)] for i in range(16)]
+    alone = [greedy(runner, tokens, table, 4) for tokens, table in zip(prompts, tables, strict=True)]
+    found = [[token] for token in run(runner, *map(share, prompts, tables))]
+    for _ in range(3):
+        late = share(prompt(30, seed=99), [90, 91], sampling=None)
+        decodes = [
+            share(out[-1:], table, start=len(tokens) + len(out) - 1)
+            for tokens, table, out in zip(prompts[:15], tables, found, strict=False)
+        ]
+        for out, token in zip(found, run(runner, late, *decodes), strict=False):
+            out.append(token)
+    assert found[:15] == alone[:15]
+
+
+def test_shared_blocks_give_what_own_blocks_give(runner: Runner) -> None:
+    head, tails = prompt(32), [prompt(5 + i, seed=i + 1) for i in range(3)]
+    alone = [greedy(runner, head + tail, [0, 1, 2, 3], 6) for tail in tails]
+    run(runner, share(head, [40, 41], sampling=None))
+    found = [
+        [token] for token in run(runner, *(share(t, [40, 41, 50 + i, 60 + i], start=32) for i, t in enumerate(tails)))
+    ]
+    for _ in range(5):
+        decodes = [
+            share(out[-1:], [40, 41, 50 + i, 60 + i], start=32 + len(tails[i]) + len(out) - 1)
+            for i, out in enumerate(found)
+        ]
+        for out, token in zip(found, run(runner, *decodes), strict=True):
+            out.append(token)
+    assert found == alone
+
+
+def test_copies_are_made_before_the_step(runner: Runner) -> None:
+    tokens = prompt(24)
+    whole = run(runner, share(tokens, [0, 1]))
+    batch = Batch((share(tokens[20:], [0, 70], start=20),), copies=(BlockCopy(1, 70),))
+    assert runner.execute(batch) == whole
+
+
+def test_banned_tokens_are_not_drawn(runner: Runner) -> None:
+    tokens = prompt(12)
+    banned: tuple[int, ...] = ()
+    for _ in range(6):
+        (token,) = run(runner, share(tokens, [0], banned_token_ids=banned))
+        assert token not in banned
+        banned += (token,)
+
+
+def test_a_draw_depends_on_seed_and_position_alone(runner: Runner) -> None:
+    def drawn(seed: int) -> list[int]:
+        sampling = SamplingParams(temperature=1.0, seed=seed)
+        return greedy(runner, prompt(12), [0, 1], 8, sampling=sampling)
+
+    first = drawn(1)
+    run(runner, share(prompt(9, seed=5), [3], sampling=SamplingParams(temperature=1.0, seed=77)))
+    assert drawn(1) == first
+    assert len({tuple(drawn(seed)) for seed in range(4)}) > 1
+
+
+def engine_run(runner: Runner, *, num_blocks: int, budget: int, reuse: bool) -> tuple[list[list[int]], int]:
+    """Eight requests over two heads through the real scheduler; their tokens, and preemptions."""
+    pool = BlockPool(num_blocks, BLOCK_SIZE, reuse=reuse)
+    scheduler = Scheduler(pool, SchedulerLimits(budget, 8, 100, runner.spec.max_model_len))
+    region = (Region(ScopeRoot(bytes(16)), None),)
+    for i in range(8):
+        tokens = array("I", prompt(48, seed=i % 2) + prompt(3 + i, seed=10 + i))
+        scheduler.submit(SequenceRequest(i, tokens, len(tokens), region, SamplingParams(max_tokens=24)), 0.0)
+    found: list[list[int]] = [[] for _ in range(8)]
+    while (batch := scheduler.schedule(0.0)) is not None:
+        scheduler.complete(batch, runner.execute(batch))
+        for output in scheduler.take_outputs():
+            found[output.sequence_id] += output.token_ids
+    assert pool.num_referenced == 0
+    return found, scheduler.num_preemptions
+
+
+def test_scheduling_does_not_show(runner: Runner) -> None:
+    """Batched with room, in small chunks, from a cache, and preempted in a pool for two: the same tokens."""
+    wanted, none = engine_run(runner, num_blocks=NUM_BLOCKS, budget=512, reuse=False)
+    assert none == 0
+    assert engine_run(runner, num_blocks=NUM_BLOCKS, budget=40, reuse=True) == (wanted, 0)
+    preempted, times = engine_run(runner, num_blocks=11, budget=64, reuse=True)
+    assert preempted == wanted
+    assert times > 0

@@ -1,0 +1,69 @@
+"""The model runner on CUDA against the same runner on the CPU, over the built-in model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.runner_driver import Driver, load, random_tokens
+from worker.batch import SamplingParams
+from worker.model_runner import ModelRunner
+
+MODEL = "pando-tiny"
+
+
+def tokens(length: int, seed: int) -> list[int]:
+    return random_tokens(length, seed, vocab_size=2000)
+
+
+@pytest.fixture(scope="module")
+def cpu() -> Iterator[ModelRunner]:
+    runner = load(MODEL)
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "float16"])
+def cuda(request: pytest.FixtureRequest) -> Iterator[ModelRunner]:
+    runner = load(MODEL, device="cuda", dtype=request.param)
+    yield runner
+    runner.close()
+
+
+def test_logits_in_chunks_over_shuffled_blocks(cpu: ModelRunner, cuda: ModelRunner) -> None:
+    expected = Driver(cpu).logits(Driver(cpu).start(tokens(90, seed=1)))
+    driver = Driver(cuda, seed=2)
+    ours = driver.logits(driver.start(tokens(90, seed=1)), chunk=37)
+    error = (ours - expected).norm() / expected.norm()
+    assert error < {torch.float32: 2e-3, torch.bfloat16: 0.06, torch.float16: 0.01}[cuda.cache.blocks.dtype]
+
+
+def test_tokens_are_the_same_in_a_batch(cuda: ModelRunner) -> None:
+    driver = Driver(cuda)
+    alone = driver.start(tokens(40, seed=3))
+    driver.generate([alone], 24)
+    batch = [driver.start(tokens(length, seed=3 + (length != 40))) for length in (12, 40, 77)]
+    together = driver.generate(batch, 24)[1]
+    same = sum(mine == other for mine, other in zip(alone.tokens[40:], together, strict=True))
+    assert same == 24 or cuda.cache.blocks.dtype != torch.float32
+
+
+def test_drawn_tokens_repeat(cuda: ModelRunner) -> None:
+    sampling = SamplingParams(temperature=0.8, top_p=0.9, seed=11)
+    driver = Driver(cuda)
+    runs = []
+    for _ in range(2):
+        sequence = driver.start(tokens(20, seed=5))
+        for _ in range(16):
+            driver.step([sequence], sampling=sampling)
+        runs.append(sequence.tokens)
+    assert runs[0] == runs[1]
+
+
+def test_a_pool_is_sized_within_the_fraction() -> None:
+    runner = load(MODEL, device="cuda", dtype="bfloat16", device_blocks=0, memory_fraction=0.5)
+    free, total = torch.cuda.mem_get_info()
+    assert total - free <= 0.55 * total
+    runner.close()

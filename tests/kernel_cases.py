@@ -1,0 +1,130 @@
+"""The case table of attention over a paged cache, and what each case must give, computed plainly in float64.
+
+Every position that a case must not read is NaN, in unused blocks and behind the end of used ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import kernels
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    heads: tuple[int, int, int] = (4, 2, 16)  # num_heads, num_kv_heads, head_dim
+    block_size: int = 8
+    window: int | None = None
+    shared_blocks: int = 0  # leading blocks that all sequences have in common
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = (
+    Case("one token, empty cache", (1,), (1,)),
+    Case("decode inside a block", (1,), (5,)),
+    Case("decode at a block's end", (1, 1), (8, 16)),
+    Case("decode at a block's start", (1, 1), (9, 17)),
+    Case("decode of skewed lengths", (1,) * 9, (300, 1, 2, 299, 64, 65, 128, 7, 150)),
+    Case("whole prompt", (37,), (37,)),
+    Case("prompt of one block", (8,), (8,)),
+    Case("chunk after a prefix", (5,), (61,)),
+    Case("chunk that starts inside a block", (20,), (33,)),
+    Case("mixed batch", (1, 12, 1, 30, 3), (40, 12, 9, 95, 64)),
+    Case("prompt of several tiles", (300,), (350,)),
+    Case("odd heads", (1, 7, 1), (11, 20, 64), heads=(3, 1, 80)),
+    Case("a key head for each query head", (1, 9), (33, 9), heads=(4, 4, 8)),
+    Case("block of 16", (1, 21), (100, 47), block_size=16),
+    Case("block of 1", (1, 3), (10, 7), block_size=1),
+    Case("window, decode", (1, 1, 1), (5, 21, 90), window=21),
+    Case("window, mixed batch", (1, 50, 6, 1), (200, 50, 77, 3), window=13),
+    Case("window of one", (1, 4), (9, 12), window=1),
+    Case("window, several tiles", (530,), (540,), window=260, heads=(2, 1, 8)),
+    Case("shared prefix", (1, 1, 5, 1), (70, 66, 69, 80), shared_blocks=8),
+)
+
+
+@dataclass
+class Problem:
+    """A case with data: all keys and values in float64, and a cache that holds those before the step."""
+
+    case: Case
+    kv_cache: torch.Tensor
+    layer: int
+    block_tables: np.ndarray
+    query: torch.Tensor  # [num_tokens, num_heads, head_dim]
+    key_value: torch.Tensor  # [num_tokens, 2 * num_kv_heads, head_dim], the step's own
+    contexts: list[torch.Tensor]  # per sequence [context_len, 2, num_kv_heads, head_dim]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.case.query_lens)
+
+    def slots(self) -> set[tuple[int, int]]:
+        """(block, offset) of every position of every context."""
+        size = self.case.block_size
+        return {
+            (int(table[position // size]), position % size)
+            for table, length in zip(self.block_tables, self.case.context_lens, strict=True)
+            for position in range(length)
+        }
+
+    def run(self) -> torch.Tensor:
+        """Write and attend with the kernels, in the cache's dtype on its device."""
+        layer_kv = self.kv_cache[:, self.layer]
+        lens, contexts = self.case.query_lens, self.case.context_lens
+        plan = kernels.plan_attention(self.kv_cache, lens, contexts, self.block_tables, windows=[self.case.window])
+        kernels.write_kv(self.key_value, layer_kv, plan)
+        scale = self.query.shape[2] ** -0.5
+        return kernels.attention(self.query, layer_kv, plan, scale=scale, window=self.case.window)
+
+    def expected(self) -> torch.Tensor:
+        """[num_tokens, num_heads, head_dim] in float64 on the CPU."""
+        num_heads, num_kv_heads, head_dim = self.case.heads
+        rows = iter(self.query.cpu().double())
+        out = []
+        for count, length, context in zip(self.case.query_lens, self.case.context_lens, self.contexts, strict=True):
+            for position in range(length - count, length):
+                first = 0 if self.case.window is None else max(0, position - self.case.window + 1)
+                keys, values = context[first : position + 1].unbind(1)
+                query = next(rows).view(num_kv_heads, num_heads // num_kv_heads, head_dim)
+                scores = torch.einsum("hgd,lhd->hgl", query, keys) * head_dim**-0.5
+                out.append(torch.einsum("hgl,lhd->hgd", scores.softmax(-1), values).reshape(num_heads, head_dim))
+        return torch.stack(out)
+
+
+def make_problem(case: Case, dtype: torch.dtype, device: str) -> Problem:
+    rng = np.random.default_rng(sum(case.name.encode()))
+    num_heads, num_kv_heads, head_dim = case.heads
+    num_layers, layer = 3, 1
+    widths = [-(-length // case.block_size) for length in case.context_lens]
+    num_blocks = sum(widths) + 5
+    order = rng.permutation(num_blocks)
+    block_tables = np.full((len(widths), max(widths)), -1, dtype=np.int64)
+    kv_cache = torch.full((num_blocks, num_layers, 2, num_kv_heads, case.block_size, head_dim), torch.nan, dtype=dtype)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape)).to(dtype)
+
+    common = normal(case.shared_blocks * case.block_size, 2, num_kv_heads, head_dim)
+    contexts, steps, taken = [], [], case.shared_blocks
+    for row, (count, length) in enumerate(zip(case.query_lens, case.context_lens, strict=True)):
+        own = widths[row] - case.shared_blocks
+        block_tables[row, : case.shared_blocks] = order[: case.shared_blocks]
+        block_tables[row, case.shared_blocks : widths[row]] = order[taken : taken + own]
+        taken += own
+        context = torch.cat((common, normal(length - len(common), 2, num_kv_heads, head_dim)))
+        for position in range(length - count):
+            block = block_tables[row, position // case.block_size]
+            kv_cache[block, layer, :, :, position % case.block_size] = context[position]
+        contexts.append(context.double())
+        steps.append(context[length - count :].flatten(1, 2))
+    query = normal(sum(case.query_lens), num_heads, head_dim).to(device)
+    return Problem(case, kv_cache.to(device), layer, block_tables, query, torch.cat(steps).to(device), contexts)

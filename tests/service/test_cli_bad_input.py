@@ -1,0 +1,155 @@
+"""What the commands say to mistakes: one line on stderr, an exit code, soon, and no process left behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from control.children import source_path
+
+FREE_PORTS = ["--port", "0", "--http-port", "0", "--admin-port", "0"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+    seconds: float
+    left: list[int]
+
+
+def pando(*argv: str, env: dict[str, str] | None = None) -> Outcome:
+    """Run the command line; `left` are processes it started, found by a mark in their environment."""
+    mark = f"STRAY_MARK={uuid.uuid4().hex}"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PANDO_")}
+    name, _, value = mark.partition("=")
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "pando.cli", *argv],
+        env=kept | {"PYTHONPATH": source_path(), name: value} | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr, time.monotonic() - began, marked(mark))
+
+
+def marked(mark: str) -> list[int]:
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in environ.read_bytes():
+                found.append(int(environ.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def bad_model(tmp_path: Path) -> str:
+    (tmp_path / "empty").mkdir()
+    return str(tmp_path / "empty")
+
+
+def refused(outcome: Outcome, command: str, says: str, code: int = 2) -> None:
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert outcome.err.startswith(f"pando {command}: ") and says in outcome.err
+    assert (outcome.code, outcome.out, outcome.left) == (code, "", [])
+    assert outcome.seconds < 10  # 5 s on a quiet machine
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["up", "--no-such-option"], "--no-such-option"),
+        (["up", "--work", "2"], "--work"),
+        (["up", "--workers", "two"], "whole number"),
+        (["up", "--workers", "0"], "at least 1"),
+        (["up", "--prefix-cache", "maybe"], "maybe"),
+        (["up", "--model", "/no/such/folder"], "/no/such/folder"),
+        (["up", "--port", "99999"], "99999"),
+        (["up", "--port", "8000", "--http-port", "8000"], "differ"),
+        (["up", "--host", "0.0.0.0", *FREE_PORTS], "--tenants"),
+        (["up", "--tenants", "/no/such/tenants.toml", *FREE_PORTS], "/no/such/tenants.toml"),
+        (["up", "--host", "127.0.0.300", *FREE_PORTS[2:]], "127.0.0.300"),
+        (["up", "--redis", "127.0.0.1:6379", *FREE_PORTS], "redis://"),
+        (["up", "--ray", "127.0.0.1:1", *FREE_PORTS], "--redis"),
+        (["up", "--config", "/no/such/file.toml"], "/no/such/file.toml"),
+        (["workers"], "--redis"),
+        (["workers", "--redis", "redis://127.0.0.1:1"], "does not answer"),
+        (["workers", "--workers", "0", "--redis", "redis://127.0.0.1:1"], "at least 1"),
+        (["demo", "--model", "/no/such/folder"], "/no/such/folder"),
+        (["router", "--frobnicate"], "--frobnicate"),
+        (["generate"], "text"),
+        (["generate", "hello", "--max-tokens", "x"], "--max-tokens"),
+        (["generate", "hello", "--api-key", "k", "--tenant", "t"], "not allowed"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_mistake_on_the_command_line(argv: list[str], says: str) -> None:
+    refused(pando(*argv), argv[0], says)
+
+
+def test_an_unknown_command_and_none() -> None:
+    outcome = pando("frobnicate")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and "frobnicate" in outcome.err
+    assert pando().code == 0
+
+
+def test_a_folder_that_is_no_model(bad_model: str) -> None:
+    refused(pando("up", "--model", bad_model, *FREE_PORTS), "up", bad_model)
+
+
+@pytest.mark.parametrize("flag", ["--port", "--http-port", "--admin-port"])
+def test_a_port_that_is_taken(taken_port: int, flag: str) -> None:
+    others = [part for name in ("--port", "--http-port", "--admin-port") if name != flag for part in (name, "0")]
+    refused(pando("up", flag, str(taken_port), *others), "up", str(taken_port))
+
+
+def test_a_redis_that_does_not_answer(free_port: Callable[[], int]) -> None:
+    url = f"redis://user:hunter2@127.0.0.1:{free_port()}/0"
+    outcome = pando("up", "--redis", url, *FREE_PORTS)
+    refused(outcome, "up", "does not answer")
+    assert "hunter2" not in outcome.err
+
+
+def test_a_setting_in_the_environment_that_there_is_not() -> None:
+    outcome = pando("up", *FREE_PORTS, env={"PANDO_WORKERZ": "2"})
+    refused(outcome, "up", "PANDO_WORKERZ")
+
+
+@pytest.mark.parametrize("argv", [["generate", "hi"], ["status"], ["health"]], ids=lambda argv: argv[0])
+def test_nothing_listens_there(argv: list[str], free_port: Callable[[], int]) -> None:
+    outcome = pando(*argv, "--target", f"127.0.0.1:{free_port()}", "--timeout", "2")
+    refused(outcome, argv[0], "", code=1)
+
+
+@pytest.mark.parametrize("command", ["up", "router", "workers", "generate", "chat", "status", "demo", "health"])
+def test_every_command_explains_itself(command: str) -> None:
+    outcome = pando(command, "--help")
+    assert outcome.code == 0 and outcome.err == ""
+    assert f"usage: pando {command}" in outcome.out and outcome.out.count("--") > 3
+    assert "PANDO_" in outcome.out
+
+
+def test_a_ray_that_does_not_answer(redis_url: str, free_port: Callable[[], int]) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    refused(pando("workers", "--redis", redis_url, "--ray", address), "workers", f"no Ray answers at {address}")

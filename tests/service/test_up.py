@@ -1,0 +1,221 @@
+"""`pando up` as a user has it: one line when ready, requests served over faults, and nothing left when it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from control.children import source_path
+from pando.admin_client import AdminClient
+from pando.client import Client
+from pando.errors import Unavailable
+from pando.v1 import admin_pb2
+
+pytestmark = pytest.mark.ray
+
+UP = ["up", "--json", "--runner", "simulated", "--port", "0", "--http-port", "0", "--admin-port", "0"]
+
+
+@dataclass
+class Command:
+    """A running `pando` command; every process it starts carries `mark` in its environment."""
+
+    process: subprocess.Popen[str]
+    mark: bytes
+
+    def left(self) -> dict[int, str]:
+        """Living processes of this command, itself included."""
+        found = {}
+        for environ in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if self.mark in environ.read_bytes():
+                    found[int(environ.parent.name)] = (environ.parent / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+        return found
+
+    def line(self) -> dict[str, Any]:
+        """Its next line of output, as JSON."""
+        assert self.process.stdout is not None
+        text = self.process.stdout.readline()
+        assert text, f"it ended with {self.process.wait()}"
+        document: dict[str, Any] = json.loads(text)
+        return document
+
+    def end(self, number: int = signal.SIGINT) -> int:
+        """Signal it and wait for its end."""
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+    def close(self) -> None:
+        for pid in self.left():
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def start(*argv: str, **pipes: Any) -> Command:
+    mark = uuid.uuid4().hex
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PANDO_")}
+    env = kept | {"PYTHONPATH": source_path(), "STRAY_MARK": mark}
+    command = [sys.executable, "-m", "pando.cli", *argv]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, **pipes)
+    return Command(process, f"STRAY_MARK={mark}".encode())
+
+
+def run(*argv: str, text: str | None = None) -> str:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PANDO_")}
+    command = [sys.executable, "-m", "pando.cli", *argv]
+    env = kept | {"PYTHONPATH": source_path()}
+    done = subprocess.run(command, env=env, input=text, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def up() -> Iterator[Command]:
+    command = start(*UP, "--workers", "2")
+    yield command
+    command.close()
+
+
+@pytest.fixture(scope="module")
+def ready(up: Command) -> dict[str, Any]:
+    return up.line()
+
+
+def ready_epochs(admin_target: str) -> dict[str, int]:
+    with AdminClient(admin_target) as admin:
+        try:
+            workers = admin.workers()
+        except Unavailable:
+            return {}
+    return {worker.id: worker.epoch for worker in workers if worker.state == admin_pb2.WORKER_STATE_READY}
+
+
+def redis_servers(up: Command) -> list[int]:
+    return [pid for pid, command in up.left().items() if "redis-server" in command and "import ctypes" not in command]
+
+
+def greedy(target: str) -> str:
+    with Client(target, tenant="a") as client:
+        return client.generate(text="hello", max_tokens=8, temperature=0.0, ignore_eos=True).text
+
+
+def test_the_line_names_every_part(ready: dict[str, Any]) -> None:
+    assert set(ready) == {"grpc", "http", "admin", "redis", "ray", "workers"}
+    assert [sorted(worker) for worker in ready["workers"]] == [["epoch", "grpc", "id", "pid"]] * 2
+    assert [worker["id"] for worker in ready["workers"]] == ["worker-0", "worker-1"]
+    assert ready_epochs(ready["admin"]) == {"worker-0": 1, "worker-1": 1}
+
+
+def test_generate_streams_text_and_says_what_it_took(ready: dict[str, Any]) -> None:
+    sampling = ["--max-tokens", "8", "--temperature", "0", "--ignore-eos", "--target", ready["grpc"], "--tenant", "a"]
+    text = greedy(ready["grpc"])
+    assert run("generate", "hello", *sampling) == text + "\n"
+    assert run("generate", "-", *sampling, text="hello") == text + "\n"
+    document = json.loads(run("generate", "hello", "--json", *sampling))
+    assert document["text"] == text and len(document["token_ids"]) == 8
+    assert document["usage"]["completion_tokens"] == 8 and document["usage"]["worker"].startswith("worker-")
+
+
+def test_chat_answers_every_line_of_piped_input(ready: dict[str, Any]) -> None:
+    said = run("chat", "--max-tokens", "4", "--ignore-eos", "--target", ready["grpc"], text="hello\n\nand again\n")
+    assert said.endswith("\n") and said.strip()
+
+
+def test_status_and_health(ready: dict[str, Any]) -> None:
+    document = json.loads(run("status", "--json", "--target", ready["admin"]))
+    assert [worker["state"] for worker in document["workers"]] == ["ready", "ready"]
+    assert document["router"]["requests"] >= 1
+    shown = run("status", "--target", ready["admin"])
+    assert "worker-1" in shown and "\x1b" not in shown
+    assert run("health", "--target", ready["grpc"]) == "SERVING\n"
+
+
+def test_a_killed_worker_comes_back_and_serves(ready: dict[str, Any]) -> None:
+    expected = greedy(ready["grpc"])
+    os.kill(ready["workers"][0]["pid"], signal.SIGKILL)
+    until(lambda: ready_epochs(ready["admin"]) == {"worker-0": 2, "worker-1": 1})
+    assert greedy(ready["grpc"]) == expected
+
+
+def test_a_killed_router_comes_back_on_its_ports(up: Command, ready: dict[str, Any]) -> None:
+    expected = greedy(ready["grpc"])
+    (router,) = (pid for pid, command in up.left().items() if "-m\0router\0" in command)
+    os.kill(router, signal.SIGKILL)
+    until(lambda: router not in up.left() and len(ready_epochs(ready["admin"])) == 2)
+    assert greedy(ready["grpc"]) == expected
+
+
+def test_a_killed_redis_comes_back_and_requests_go_on(up: Command, ready: dict[str, Any]) -> None:
+    expected = greedy(ready["grpc"])
+    (server,) = redis_servers(up)
+    os.kill(server, signal.SIGKILL)
+    assert greedy(ready["grpc"]) == expected
+    until(lambda: redis_servers(up) not in ([], [server]))
+    until(lambda: len(ready_epochs(ready["admin"])) == 2)
+    assert greedy(ready["grpc"]) == expected
+
+
+def test_sigint_ends_everything(up: Command, ready: dict[str, Any]) -> None:
+    folder = Path(ready["redis"].removeprefix("unix://")).parent
+    assert len(up.left()) > 5
+    assert up.end(signal.SIGINT) == 0
+    assert up.left() == {}
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("after_s", [0.6, 2.0, 4.0])
+def test_a_signal_while_starting_ends_everything(after_s: float) -> None:
+    command = start(*UP, "--workers", "1")
+    try:
+        time.sleep(after_s)
+        code = command.end(signal.SIGTERM)
+        assert code in (128 + signal.SIGTERM, -signal.SIGTERM)
+        assert command.left() == {}
+    finally:
+        command.close()
+
+
+def test_a_second_ctrl_c_does_no_harm() -> None:
+    command = start(*UP, "--workers", "1")
+    try:
+        command.line()
+        command.process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        assert command.end(signal.SIGINT) == 0
+        assert command.left() == {}
+    finally:
+        command.close()
+
+
+def test_a_killed_up_takes_everything_with_it() -> None:
+    command = start(*UP, "--workers", "1")
+    try:
+        command.line()
+        command.process.kill()
+        command.process.wait()
+        until(lambda: command.left() == {})
+    finally:
+        command.close()

@@ -1,0 +1,64 @@
+"""The small operations against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kernels
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def normed(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return x / (x.double().pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def test_rms_norm() -> None:
+    x, weight = normal(5, 24), normal(24)
+    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-3).double(), normed(x, 1e-3) * weight)
+
+
+def test_add_rms_norm_returns_the_sum_too() -> None:
+    x, residual, weight = normal(5, 24), normal(5, 24) + 1, normal(24)
+    total = x + residual
+    result, stream = kernels.add_rms_norm(x, residual, weight, 1e-5)
+    torch.testing.assert_close(stream, total)
+    torch.testing.assert_close(result.double(), normed(total, 1e-5) * weight)
+
+
+def test_head_rms_norm_has_a_weight_for_each_head() -> None:
+    whole, weight = normal(5, 6, 8), normal(4, 8)
+    x = whole.clone()
+    kernels.head_rms_norm_(x[:, :4], weight, 1e-5)
+    torch.testing.assert_close(x[:, :4].double(), normed(whole[:, :4], 1e-5) * weight)
+    assert torch.equal(x[:, 4:], whole[:, 4:])
+
+
+def test_rotary_turns_pairs_half_a_head_apart() -> None:
+    whole = normal(3, 4, 8)
+    angle = normal(3, 4)
+    x = whole.clone()
+    cos = angle.cos()[:, None, None, :].expand(-1, 1, 2, -1)
+    sin = angle.sin()[:, None, None, :] * torch.tensor([-1.0, 1.0]).view(1, 1, 2, 1)
+    kernels.rotary_(x[:, :3], cos, sin)
+    turned = torch.view_as_complex(torch.stack(whole[:, :3].chunk(2, dim=-1), dim=-1))
+    turned = turned * torch.polar(torch.ones(3, 1, 4), angle[:, None])
+    torch.testing.assert_close(x[:, :3], torch.cat((turned.real, turned.imag), dim=-1))
+    assert torch.equal(x[:, 3], whole[:, 3])
+
+
+def test_silu_mul() -> None:
+    gate_up = normal(4, 12)
+    gate, up = gate_up[:, :6], gate_up[:, 6:]
+    torch.testing.assert_close(kernels.silu_mul(gate_up), gate * gate.sigmoid() * up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copy_blocks_reads_before_it_writes(dtype: torch.dtype) -> None:
+    cache = normal(6, 2, 2, 2, 4, 8).to(dtype)
+    before = cache.clone()
+    kernels.copy_blocks(cache, torch.tensor([0, 1, 5]), torch.tensor([1, 3, 0]))
+    assert torch.equal(cache, before[[5, 0, 2, 1, 4, 5]])

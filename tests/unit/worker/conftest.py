@@ -1,0 +1,149 @@
+"""A worker without threads, wire or wall clock: scheduler, pool and simulated runner, stepped by hand."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import pytest
+
+from kvstore.block_pool import BlockPool
+from kvstore.scope import Region, ScopeRoot
+from worker.batch import Batch, SamplingParams
+from worker.runner import ModelSpec
+from worker.scheduler import Scheduler, SchedulerLimits
+from worker.sequence import Finish, SequenceOutput, SequenceRequest
+from worker.simulated_runner import SimulatedRunner, StepCost
+
+VOCAB_SIZE = 500
+EOS = 2
+
+
+def spec(num_blocks: int = 64, block_size: int = 4, max_model_len: int = 200) -> ModelSpec:
+    return ModelSpec("simulated", bytes(16), VOCAB_SIZE, max_model_len, (EOS,), num_blocks, block_size)
+
+
+@dataclass
+class Result:
+    """All that came out for one sequence."""
+
+    token_ids: list[int] = field(default_factory=list)
+    outputs: list[SequenceOutput] = field(default_factory=list)
+    finish: Finish | None = None
+
+    def take(self, output: SequenceOutput) -> None:
+        assert self.finish is None, "an output after the end"
+        if output.token_ids and self.outputs:
+            assert output.first_index == self.outputs[-1].first_index + len(self.outputs[-1].token_ids)
+        self.outputs.append(output)
+        self.token_ids += output.token_ids
+        self.finish = output.finish
+
+
+class World:
+    """`step` is the engine's, in one place; `batches` keeps what ran."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_batch_tokens: int = 64,
+        max_sequences: int = 16,
+        max_waiting: int = 1000,
+        max_model_len: int = 200,
+        reuse: bool = True,
+        key_bits: int = 128,
+    ) -> None:
+        self.now = 0.0
+        self.pool = BlockPool(num_blocks, block_size, key_bits=key_bits, reuse=reuse)
+        limits = SchedulerLimits(max_batch_tokens, max_sequences, max_waiting, max_model_len)
+        self.scheduler = Scheduler(self.pool, limits)
+        self.runner = SimulatedRunner(
+            spec(num_blocks, block_size, max_model_len),
+            StepCost(0.001, 0.0001),
+            sleep=self.sleep,
+            clock=lambda: self.now,
+        )
+        self.batches: list[Batch] = []
+        self.results: dict[int, Result] = {}
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def submit(
+        self,
+        prompt: Iterable[int],
+        *,
+        max_tokens: int = 8,
+        tenant: str = "a",
+        num_prompt_tokens: int | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        no_store: bool = False,
+        regions: tuple[Region, ...] | None = None,
+        **sampling: object,
+    ) -> int:
+        tokens = array("I", prompt)
+        request = SequenceRequest(
+            sequence_id=len(self.results),
+            token_ids=tokens,
+            num_prompt_tokens=len(tokens) if num_prompt_tokens is None else num_prompt_tokens,
+            regions=regions or (Region(ScopeRoot(tenant.encode().ljust(16, b"-")), None),),
+            sampling=SamplingParams(max_tokens=max_tokens, **sampling),  # type: ignore[arg-type]
+            priority=priority,
+            deadline=deadline,
+            no_store=no_store,
+        )
+        self.results[request.sequence_id] = Result()
+        self.scheduler.submit(request, self.now)
+        self._take()
+        return request.sequence_id
+
+    def cancel(self, sequence_id: int) -> None:
+        self.scheduler.cancel(sequence_id)
+        self._take()
+
+    def step(self) -> bool:
+        batch = self.scheduler.schedule(self.now)
+        if batch is not None:
+            self.batches.append(batch)
+            self.scheduler.complete(batch, self.runner.execute(batch))
+        self._take()
+        return batch is not None
+
+    def run(self, most_steps: int = 10_000) -> None:
+        """Step until nothing is left to do."""
+        for _ in range(most_steps):
+            if not self.step():
+                assert not self.scheduler.num_sequences
+                return
+        raise AssertionError("no end in sight")
+
+    def tokens(self, prompt: Iterable[int], **how: object) -> list[int]:
+        """Run one request to its end."""
+        sequence = self.submit(prompt, **how)  # type: ignore[arg-type]
+        self.run()
+        return self.results[sequence].token_ids
+
+    def assert_nothing_held(self) -> None:
+        assert self.pool.num_referenced == 0
+        assert self.pool.num_free + self.pool.num_cached == self.pool.num_blocks
+        self.pool.check()
+
+    def _take(self) -> None:
+        for output in self.scheduler.take_outputs():
+            self.results[output.sequence_id].take(output)
+
+
+@pytest.fixture
+def world() -> Callable[..., World]:
+    """Makes worlds; keywords are those of `World`."""
+    return World
+
+
+@pytest.fixture
+def model_spec() -> Callable[..., ModelSpec]:
+    """Makes specs of the simulated model; keywords num_blocks, block_size, max_model_len."""
+    return spec

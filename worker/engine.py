@@ -1,0 +1,303 @@
+"""The engine: one thread that turns requests into tokens, `step() = schedule, run, finish`.
+
+Knows no wire and no asyncio: work comes in through one queue and leaves by one callback a step. Only this thread
+touches scheduler, pool and runner; a step that fails ends its own sequences, a broken invariant ends the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from kvstore.block_pool import BlockPool
+from kvstore.events import Event
+from kvstore.scope import Region, ScopeRoot
+from pando.errors import ConfigError
+from worker.batch import Batch, SamplingParams
+from worker.runner import Runner
+from worker.scheduler import Scheduler
+from worker.sequence import SequenceOutput, SequenceRequest
+
+logger = logging.getLogger(__name__)
+
+LOAD_INTERVAL_S = 0.1
+CHECK_INTERVAL_S = 1.0
+WARM_UP_ID = -1
+WARM_UP_TOKENS = 256
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy the worker is. `queued_tokens`: not yet computed; `prefill_tokens_per_s`, `step_ms`: moving averages."""
+
+    running: int = 0
+    waiting: int = 0
+    queued_tokens: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    device_blocks: int = 0
+    prefill_tokens_per_s: float = 0.0
+    step_ms: float = 0.0
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """All that one step has to say; `batch` is None when nothing ran, `load` when it was said a moment ago."""
+
+    outputs: list[SequenceOutput]
+    events: list[Event]
+    load: Load | None
+    batch: Batch | None
+    seconds: float
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    sequence_id: int
+
+
+class _Drain:
+    """Take no more requests."""
+
+
+class _Stop:
+    """End the thread."""
+
+
+_Work = SequenceRequest | _Cancel | _Drain | _Stop
+OnStep = Callable[[StepReport], None]
+
+
+class StepRates:
+    """Moving averages over steps: prefill tokens a second, weighted by tokens, and milliseconds a step."""
+
+    HALF_LIFE_TOKENS = 4096
+    STEP_WEIGHT = 0.1
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._seconds = 0.0
+        self.step_ms = 0.0
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """0 until a prefill has been seen."""
+        return self._tokens / self._seconds if self._seconds > 0 else 0.0
+
+    def record(self, batch: Batch, seconds: float) -> None:
+        """Count a step; only one that is mostly prefill says something of the prefill rate."""
+        ms = seconds * 1e3
+        self.step_ms += (ms - self.step_ms) * (self.STEP_WEIGHT if self.step_ms else 1.0)
+        num_tokens = batch.num_tokens
+        if num_tokens >= 2 * len(batch.sequences):
+            kept = 0.5 ** (num_tokens / self.HALF_LIFE_TOKENS)
+            self._tokens = self._tokens * kept + num_tokens
+            self._seconds = self._seconds * kept + seconds
+
+
+class Engine:
+    """`submit`, `cancel`, `drain` and `stop` may be called from any thread; the rest belongs to the engine's own."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        pool: BlockPool,
+        scheduler: Scheduler,
+        on_step: OnStep,
+        *,
+        on_broken: Callable[[], None] = lambda: None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.clock = clock
+        self._runner = runner
+        self._pool = pool
+        self._scheduler = scheduler
+        self._on_step = on_step
+        self._on_broken = on_broken
+        self._work: SimpleQueue[_Work] = SimpleQueue()
+        self._rates = StepRates()
+        self._load_at = float("-inf")
+        self._checked_at = clock()
+        self._stopping = False
+        self._warm = threading.Event()
+        self._failed = False
+        self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
+
+    # From any thread
+
+    def start(self) -> None:
+        """Start the thread; returns when a first step has shown that the runner works, `ConfigError` if it does not."""
+        self._thread.start()
+        self._warm.wait()
+        if self._failed:
+            raise ConfigError("the runner failed its first step; the log has the cause")
+
+    def submit(self, request: SequenceRequest) -> None:
+        """Take a request; everything about it comes back by `on_step`."""
+        self._work.put(request)
+
+    def cancel(self, sequence_id: int) -> None:
+        """End a sequence before the next step; no-op for one that has ended."""
+        self._work.put(_Cancel(sequence_id))
+
+    def drain(self) -> None:
+        """Reject requests from now on; those taken before go on."""
+        self._work.put(_Drain())
+
+    def stop(self) -> None:
+        """End the thread after the present step; what still runs ends as failed. Idempotent."""
+        self._work.put(_Stop())
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    # The step
+
+    def step(self) -> bool:
+        """Take queued work, then schedule, run, finish; whether a batch ran."""
+        self._take_queued()
+        batch = self._scheduler.schedule(self.clock())
+        seconds = self._run(batch) if batch is not None else 0.0
+        self._finish(batch, seconds)
+        return batch is not None
+
+    def _run(self, batch: Batch) -> float:
+        """Execute and account; the seconds it took. A failing runner fails this step's sequences and nobody else's."""
+        began = self.clock()
+        try:
+            token_ids = self._runner.execute(batch)
+            _check_tokens(batch, token_ids, self._runner.spec.vocab_size)
+        except Exception:  # the containment of a step: any runner error is its sequences' error
+            logger.exception("a step of %d sequences failed", len(batch.sequences))
+            self._scheduler.fail(batch, "RUNNER_ERROR")
+            return self.clock() - began
+        seconds = self.clock() - began
+        self._rates.record(batch, seconds)
+        self._scheduler.complete(batch, token_ids)
+        return seconds
+
+    def _finish(self, batch: Batch | None, seconds: float) -> None:
+        outputs = self._scheduler.take_outputs()
+        events = self._pool.take_events()
+        load = self._load_if_due()
+        if batch is not None or outputs or events or load is not None:
+            preempted = self._scheduler.num_preemptions
+            self._on_step(StepReport(outputs, events, load, batch, seconds, preempted))
+
+    def _load_if_due(self) -> Load | None:
+        now = self.clock()
+        if now - self._load_at < LOAD_INTERVAL_S:
+            return None
+        self._load_at = now
+        return self.load()
+
+    def load(self) -> Load:
+        """The worker's load now; engine thread only."""
+        return Load(
+            running=self._scheduler.num_running,
+            waiting=self._scheduler.num_waiting,
+            queued_tokens=self._scheduler.num_queued_tokens,
+            free_blocks=self._pool.num_free,
+            cached_blocks=self._pool.num_cached,
+            device_blocks=self._pool.num_blocks,
+            prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
+            step_ms=self._rates.step_ms,
+            draining=self._scheduler.draining,
+        )
+
+    # Work
+
+    def _take_queued(self) -> None:
+        while True:
+            try:
+                work = self._work.get_nowait()
+            except Empty:
+                return
+            self._take(work)
+
+    def _take(self, work: _Work) -> None:
+        match work:
+            case SequenceRequest():
+                self._scheduler.submit(work, self.clock())
+            case _Cancel():
+                self._scheduler.cancel(work.sequence_id)
+            case _Drain():
+                self._scheduler.draining = True
+            case _Stop():
+                self._stopping = True
+
+    # The thread
+
+    def _live(self) -> None:
+        try:
+            self._warm_up()
+            self._warm.set()
+            while not self._stopping:
+                if not self._scheduler.num_sequences:
+                    self._idle()
+                self.step()
+            self._scheduler.fail_all("WORKER_STOPPED")
+            self._finish(None, 0.0)
+        except Exception:  # the end of the thread: a broken invariant stops the worker
+            logger.exception("the engine is broken and stops")
+            self._break_down()
+
+    def _idle(self) -> None:
+        """Sleep until there is work, after the last load is said and the pool has been looked over."""
+        try:
+            self._take(self._work.get(timeout=max(0.0, self._load_at + LOAD_INTERVAL_S - self.clock())))
+            return
+        except Empty:
+            self._finish(None, 0.0)
+        if self.clock() - self._checked_at >= CHECK_INTERVAL_S:
+            self._pool.check()
+            self._checked_at = self.clock()
+        self._take(self._work.get())
+
+    def _break_down(self) -> None:
+        """Fail what is there without touching the pool, which cannot be trusted any more."""
+        self._failed = True
+        self._scheduler.abandon("WORKER_STOPPED")
+        outputs = self._scheduler.take_outputs()
+        self._on_step(StepReport(outputs, [], None, None, 0.0, self._scheduler.num_preemptions))
+        self._warm.set()
+        self._on_broken()
+
+    def _warm_up(self) -> None:
+        """Run made-up requests, unseen: libraries load before the first real one, and the rates start measured."""
+        spec = self._runner.spec
+        room = min(spec.max_model_len, spec.num_blocks * spec.block_size) - 2
+        for num_tokens in (16, WARM_UP_TOKENS):
+            self._rates = StepRates()
+            if min(num_tokens, room) > 0:
+                self._scheduler.submit(_made_up(min(num_tokens, room), spec.vocab_size), self.clock())
+            while (batch := self._scheduler.schedule(self.clock())) is not None:
+                began = self.clock()
+                self._scheduler.complete(batch, self._runner.execute(batch))
+                self._rates.record(batch, self.clock() - began)
+            self._scheduler.take_outputs()
+
+
+def _made_up(num_tokens: int, vocab_size: int) -> SequenceRequest:
+    return SequenceRequest(
+        sequence_id=WARM_UP_ID,
+        token_ids=array("I", (position % vocab_size for position in range(num_tokens))),
+        num_prompt_tokens=num_tokens,
+        regions=(Region(ScopeRoot(bytes(16)), None),),
+        sampling=SamplingParams(max_tokens=2),
+        no_store=True,
+    )
+
+
+def _check_tokens(batch: Batch, token_ids: list[int], vocab_size: int) -> None:
+    wanted = sum(share.sampling is not None for share in batch.sequences)
+    if len(token_ids) != wanted or not all(0 <= token_id < vocab_size for token_id in token_ids):
+        raise ValueError("the runner's answer does not fit its batch")

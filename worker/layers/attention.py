@@ -1,0 +1,42 @@
+"""Self-attention of one layer over the paged cache.
+
+Knows its weights and the step's plan; nothing of sequences. Invariant: keys are rotated before they are cached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import kernels
+from worker.layers.linear import Linear
+from worker.layers.rotary import Angles
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Fused projection (queries, keys, values), optional norm of queries and keys per head, rotation, output."""
+
+    qkv: Linear
+    output: Linear
+    qk_norm: torch.Tensor | None  # [num_heads + num_kv_heads, head_dim]
+    norm_eps: float
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None
+
+    def __call__(
+        self, x: torch.Tensor, angles: Angles, layer_kv: torch.Tensor, plan: kernels.AttentionPlan
+    ) -> torch.Tensor:
+        """`x[num_tokens, hidden_size]` to the same shape; writes this step's keys and values to `layer_kv`."""
+        heads = self.qkv(x).view(x.shape[0], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        query_key = heads[:, : self.num_heads + self.num_kv_heads]
+        if self.qk_norm is not None:
+            kernels.head_rms_norm_(query_key, self.qk_norm, self.norm_eps)
+        kernels.rotary_(query_key, angles.cos, angles.sin)
+        kernels.write_kv(heads[:, self.num_heads :], layer_kv, plan)
+        query = heads[:, : self.num_heads]
+        mixed = kernels.attention(query, layer_kv, plan, scale=self.head_dim**-0.5, window=self.window)
+        return self.output(mixed.view(x.shape[0], -1))

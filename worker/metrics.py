@@ -1,0 +1,90 @@
+"""Prometheus metrics of a worker, read off the step reports on their way out.
+
+Knows nothing of how steps are made. Names follow vLLM's where they mean the same, with our prefix.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from worker.batch import Batch
+from worker.engine import Load, OnStep, StepReport
+from worker.sequence import SequenceOutput
+
+_STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_QUEUE_SECONDS = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class StepMetrics:
+    """An `on_step` that counts and passes on. `registry` holds the metrics."""
+
+    def __init__(self, then: OnStep, *, model: str, worker: str) -> None:
+        self.registry = CollectorRegistry()
+        self._then = then
+        self._labels = {"model_name": model, "worker": worker}
+        self._num_preemptions = 0
+        self._running = self._gauge("num_requests_running", "Sequences that run")
+        self._waiting = self._gauge("num_requests_waiting", "Sequences that wait")
+        self._usage = self._gauge("kv_cache_usage_perc", "Share of the KV blocks that sequences hold, 0 to 1")
+        self._cached = self._gauge("kv_cached_blocks", "KV blocks that are kept for reuse and held by no sequence")
+        self._rate = self._gauge("prefill_tokens_per_second", "Moving average of the prefill rate")
+        self._prompt = self._counter("prompt_tokens", "Prefill tokens computed")
+        self._generated = self._counter("generation_tokens", "Tokens generated")
+        self._hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache at admission")
+        self._preempted = self._counter("num_preemptions", "Preemptions")
+        self._finished = Counter(
+            "pando_request_success",
+            "Sequences ended, by reason",
+            [*self._labels, "finished_reason"],
+            registry=self.registry,
+        )
+        self._step_tokens = self._histogram("iteration_tokens", "Tokens computed in a step", _STEP_TOKENS)
+        self._step_seconds = self._histogram("step_seconds", "Duration of a step", _STEP_SECONDS)
+        self._queue_seconds = self._histogram("request_queue_time_seconds", "Wait before admission", _QUEUE_SECONDS)
+
+    def __call__(self, report: StepReport) -> None:
+        """Count a report and pass it on."""
+        self._then(report)
+        if report.batch is not None:
+            self._step_tokens.observe(report.batch.num_tokens)
+            self._step_seconds.observe(report.seconds)
+            self._prompt.inc(_prefill_tokens(report.batch))
+        self._preempted.inc(report.num_preemptions - self._num_preemptions)
+        self._num_preemptions = report.num_preemptions
+        self._count_outputs(report.outputs)
+        if report.load is not None:
+            self._show(report.load)
+
+    def _count_outputs(self, outputs: list[SequenceOutput]) -> None:
+        self._generated.inc(sum(len(output.token_ids) for output in outputs))
+        for output in outputs:
+            if output.admission is not None:
+                self._hits.inc(output.admission.cached_device_tokens)
+                self._queue_seconds.observe(output.admission.queue_s)
+            if output.finish is not None:
+                self._finished.labels(*self._labels.values(), output.finish.value).inc()
+
+    def _show(self, load: Load) -> None:
+        self._running.set(load.running)
+        self._waiting.set(load.waiting)
+        held = load.device_blocks - load.free_blocks - load.cached_blocks
+        self._usage.set(held / load.device_blocks if load.device_blocks else 0.0)
+        self._cached.set(load.cached_blocks)
+        self._rate.set(load.prefill_tokens_per_s)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"pando_{name}", text, list(self._labels), registry=self.registry).labels(*self._labels.values())
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"pando_{name}", text, list(self._labels), registry=self.registry).labels(*self._labels.values())
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        metric = Histogram(f"pando_{name}", text, list(self._labels), buckets=buckets, registry=self.registry)
+        return metric.labels(*self._labels.values())
+
+
+def _prefill_tokens(batch: Batch) -> int:
+    """Tokens computed beyond one a sequence and step, which is what decoding takes."""
+    lengths = [len(s.token_ids) for s in batch.sequences if s.sampling is None or len(s.token_ids) > 1]
+    return sum(lengths)

@@ -1,0 +1,230 @@
+"""The runner that computes: a decoder, its KV cache and a sampler behind the `Runner` face.
+
+Knows batches; nothing of queues, tenants, block keys or the wire, and needs neither Ray, Redis nor gRPC. Invariant:
+what a step computes for a sequence depends on that sequence's tokens alone, whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import kernels
+from pando.errors import ConfigError
+from pando.model_folder import resolve_model
+from pando.settings import WorkerSettings
+from worker import kv_cache, sampler
+from worker.batch import Batch, BlockCopy
+from worker.models.config import ModelConfig, read_config
+from worker.models.decoder import Decoder, load_decoder
+from worker.runner import ModelSpec
+from worker.sampler import Draw
+from worker.weights import Checkpoint, fingerprint, weight_files
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# One more CPU thread for so many bytes of weights.
+BYTES_PER_THREAD = 64 * 1024 * 1024
+
+Ints = npt.NDArray[np.int64]
+
+
+def load_model_runner(settings: WorkerSettings) -> ModelRunner:
+    """Load the model that `settings` name. Raises `ConfigError` with one line if that cannot work."""
+    device = _device(settings.device)
+    dtype = _dtype(settings.dtype, device)
+    folder = resolve_model(settings.model)
+    config = read_config(folder)
+    if device.type == "cpu":
+        torch.set_num_threads(settings.threads or _worthwhile_threads(folder, available=_cores()))
+    with torch.inference_mode(), Checkpoint(folder, device=device, dtype=dtype) as checkpoint:
+        decoder = load_decoder(config, checkpoint)
+    cache = _allocate(settings, config, dtype, device)
+    spec = ModelSpec(
+        name=Path(settings.model).name if Path(settings.model).is_dir() else settings.model,
+        fingerprint=fingerprint(folder, config, str(dtype).removeprefix("torch.")),
+        vocab_size=config.vocab_size,
+        max_model_len=_max_model_len(settings, config, cache.num_blocks),
+        eos_token_ids=config.eos_token_ids,
+        num_blocks=cache.num_blocks,
+        block_size=settings.block_size,
+    )
+    log.info("loaded %s on %s as %s with %d KV blocks", config.architecture, device, dtype, cache.num_blocks)
+    return ModelRunner(decoder, cache, spec)
+
+
+class ModelRunner:
+    """Executes batches one after the other on one device, from one thread."""
+
+    def __init__(self, decoder: Decoder, cache: kv_cache.KVCache, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._decoder: Decoder | None = decoder
+        self._cache: kv_cache.KVCache | None = cache
+        self._device = cache.blocks.device
+        self._windows = tuple(dict.fromkeys(decoder.config.windows))
+
+    @torch.inference_mode()
+    def execute(self, batch: Batch) -> list[int]:
+        """Run the step; one token id for each sequence that has `sampling`, in batch order."""
+        inputs = self._inputs(batch)
+        draws, rows = _draws(batch, inputs)
+        hidden = self._hidden(batch, inputs, rows)
+        if not draws:
+            return []
+        return sampler.choose(self.decoder.logits(hidden), draws)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Run the step and return the logits after every token of it, `[num_tokens, vocab_size]` float32 on the CPU:
+        for tests and for perplexity; nothing is sampled."""
+        hidden = self._hidden(batch, self._inputs(batch), None)
+        return self.decoder.logits(hidden).cpu()
+
+    def close(self) -> None:
+        """Free weights and cache. The runner must not be used after."""
+        self._decoder = None
+        self._cache = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def cache(self) -> kv_cache.KVCache:
+        """The device tier's tensors."""
+        if self._cache is None:
+            raise RuntimeError("the runner is closed")
+        return self._cache
+
+    @property
+    def decoder(self) -> Decoder:
+        if self._decoder is None:
+            raise RuntimeError("the runner is closed")
+        return self._decoder
+
+    def _hidden(self, batch: Batch, inputs: _Inputs, rows: Ints | None) -> torch.Tensor:
+        cache = self.cache
+        if batch.copies:
+            self._copy(cache, batch.copies)
+        plan = kernels.plan_attention(
+            cache.blocks, inputs.query_lens, inputs.context_lens, inputs.block_tables, windows=self._windows
+        )
+        return self.decoder.hidden(
+            self._tensor(inputs.token_ids),
+            self._tensor(inputs.positions),
+            cache.layers,
+            plan,
+            None if rows is None else self._tensor(rows),
+        )
+
+    def _copy(self, cache: kv_cache.KVCache, copies: Sequence[BlockCopy]) -> None:
+        pairs = self._tensor(np.array([(copy.source, copy.target) for copy in copies], dtype=np.int64))
+        kernels.copy_blocks(cache.blocks, pairs[:, 0], pairs[:, 1])
+
+    def _inputs(self, batch: Batch) -> _Inputs:
+        """All index arrays of a step, each made in one go."""
+        sequences = batch.sequences
+        token_ids = np.concatenate([np.asarray(sequence.token_ids) for sequence in sequences]).astype(np.int64)
+        query_lens = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
+        starts = np.array([sequence.start for sequence in sequences], dtype=np.int64)
+        context_lens = starts + query_lens
+        query_ends = np.cumsum(query_lens)
+        widths = (-(-context_lens // self.spec.block_size)).tolist()
+        block_tables = np.zeros((len(sequences), max(widths)), dtype=np.int64)
+        for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
+            block_tables[row, :width] = sequence.block_ids[:width]
+        return _Inputs(
+            token_ids=token_ids,
+            positions=np.arange(len(token_ids)) + np.repeat(starts - query_ends + query_lens, query_lens),
+            query_lens=query_lens,
+            query_ends=query_ends,
+            context_lens=context_lens,
+            block_tables=block_tables,
+        )
+
+    def _tensor(self, values: Ints) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """A batch as arrays; tokens of all sequences packed in order."""
+
+    token_ids: Ints  # [num_tokens]
+    positions: Ints  # [num_tokens]
+    query_lens: Ints  # [num_seqs]
+    query_ends: Ints  # [num_seqs], of num_tokens
+    context_lens: Ints  # [num_seqs]
+    block_tables: Ints  # [num_seqs, max_blocks]
+
+
+def _draws(batch: Batch, inputs: _Inputs) -> tuple[list[Draw], Ints]:
+    """What to sample, and after which of the packed tokens."""
+    draws: list[Draw] = []
+    rows: list[int] = []
+    for sequence, end in zip(batch.sequences, inputs.query_ends.tolist(), strict=True):
+        if sequence.sampling is not None:
+            position = sequence.start + len(sequence.token_ids)
+            draws.append(Draw(sequence.sampling, position, sequence.banned_token_ids))
+            rows.append(end - 1)
+    return draws, np.array(rows, dtype=np.int64)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda was asked for and this machine has none that torch can use")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def _worthwhile_threads(folder: Path, *, available: int) -> int:
+    """Threads meet several times a layer; a small model loses more there than it gains, and on a busy machine by far."""
+    weight_bytes = sum(path.stat().st_size for path in weight_files(folder))
+    return min(available, 1 + weight_bytes // BYTES_PER_THREAD)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return _DTYPES[name]
+
+
+def _allocate(
+    settings: WorkerSettings, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> kv_cache.KVCache:
+    block_bytes = kv_cache.bytes_per_block(config, settings.block_size, dtype)
+    num_blocks = settings.device_blocks or kv_cache.blocks_that_fit(
+        block_bytes,
+        device,
+        memory_fraction=settings.memory_fraction,
+        activation_bytes=_activation_bytes(settings, config, dtype),
+    )
+    return kv_cache.allocate(config, num_blocks, settings.block_size, dtype=dtype, device=device)
+
+
+def _activation_bytes(settings: WorkerSettings, config: ModelConfig, dtype: torch.dtype) -> int:
+    """A generous estimate of what the largest step takes beside weights and KV."""
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    token = (6 * config.hidden_size + 2 * heads + 3 * config.intermediate_size) * dtype.itemsize
+    row = config.vocab_size * 4 * 8
+    return 2 * (settings.max_batch_tokens * token + settings.max_sequences * row)
+
+
+def _max_model_len(settings: WorkerSettings, config: ModelConfig, num_blocks: int) -> int:
+    """The model's own length, or the pool's where that is less; what the user asks for must fit both."""
+    most = min(config.max_positions, num_blocks * settings.block_size)
+    if settings.max_model_len > most:
+        raise ConfigError(f"max_model_len {settings.max_model_len} is more than the {most} tokens of model and KV pool")
+    return settings.max_model_len or most

@@ -1,0 +1,1 @@
+"""Decoders read from a Hugging Face folder: what `config.json` says, and the network it describes."""

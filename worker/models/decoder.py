@@ -1,0 +1,155 @@
+"""The one network of all supported families, told apart by `ModelConfig` alone.
+
+Knows tensors and the step's plan. Invariant: every tensor of the checkpoint is used, and nothing else is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from worker.layers.attention import Attention
+from worker.layers.linear import Linear
+from worker.layers.mlp import GatedMlp
+from worker.layers.rotary import Angles, RotaryEmbedding
+from worker.models.config import ModelConfig
+from worker.weights import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """Norm, attention, norm, MLP, each half added to the residual stream."""
+
+    attention_norm: torch.Tensor  # [hidden_size]
+    attention: Attention
+    mlp_norm: torch.Tensor  # [hidden_size]
+    mlp: GatedMlp
+    norm_eps: float
+
+    def __call__(
+        self,
+        update: torch.Tensor | None,
+        residual: torch.Tensor,
+        angles: Angles,
+        layer_kv: torch.Tensor,
+        plan: kernels.AttentionPlan,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes the last layer's `update`, not yet added to `residual` (both [num_tokens, hidden_size]); returns its
+        own and the residual stream before it."""
+        if update is None:
+            normed = kernels.rms_norm(residual, self.attention_norm, self.norm_eps)
+        else:
+            normed, residual = kernels.add_rms_norm(update, residual, self.attention_norm, self.norm_eps)
+        mixed = self.attention(normed, angles, layer_kv, plan)
+        normed, residual = kernels.add_rms_norm(mixed, residual, self.mlp_norm, self.norm_eps)
+        return self.mlp(normed), residual
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Token ids to hidden states to logits."""
+
+    config: ModelConfig
+    embedding: torch.Tensor  # [vocab_size, hidden_size]
+    layers: tuple[DecoderLayer, ...]
+    norm: torch.Tensor  # [hidden_size]
+    head: Linear
+    rotary: RotaryEmbedding
+
+    def hidden(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        layers_kv: Sequence[torch.Tensor],
+        plan: kernels.AttentionPlan,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Final hidden states of `token_ids[num_tokens]` at `positions[num_tokens]` (both int64): all of them, or those
+        of `rows[n]`. `layers_kv` has one cache view a layer."""
+        residual = F.embedding(token_ids, self.embedding)
+        angles = self.rotary(positions)
+        update: torch.Tensor | None = None
+        for layer, layer_kv in zip(self.layers, layers_kv, strict=True):
+            update, residual = layer(update, residual, angles, layer_kv, plan)
+        assert update is not None
+        if rows is not None:
+            update, residual = update.index_select(0, rows), residual.index_select(0, rows)
+        normed, _ = kernels.add_rms_norm(update, residual, self.norm, self.config.norm_eps)
+        return normed
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden[n, hidden_size]` to `[n, vocab_size]` float32."""
+        return self.head(hidden).float()
+
+
+def load_decoder(config: ModelConfig, checkpoint: Checkpoint) -> Decoder:
+    """Read every weight. Raises `ConfigError` on a missing, misshaped or left-over tensor."""
+    embedding = checkpoint.read(["model.embed_tokens.weight"], [(config.vocab_size, config.hidden_size)])
+    layers = tuple(_layer(config, checkpoint, index) for index in range(config.num_layers))
+    if config.tied_head:
+        checkpoint.ignore("lm_head.weight")
+        head = Linear(embedding)
+    else:
+        head = Linear(checkpoint.read(["lm_head.weight"], [(config.vocab_size, config.hidden_size)]))
+    norm = _vector(checkpoint, "model.norm.weight", config.hidden_size)
+    checkpoint.finish()
+    rotary = RotaryEmbedding(config.rope, config.head_dim, device=checkpoint.device, dtype=checkpoint.dtype)
+    return Decoder(config, embedding, layers, norm, head, rotary)
+
+
+def _layer(config: ModelConfig, checkpoint: Checkpoint, index: int) -> DecoderLayer:
+    prefix = f"model.layers.{index}."
+    # Older Llama checkpoints store the rope frequencies, which follow from the configuration.
+    checkpoint.ignore(prefix + "self_attn.rotary_emb.inv_freq")
+    return DecoderLayer(
+        attention_norm=_vector(checkpoint, prefix + "input_layernorm.weight", config.hidden_size),
+        attention=_attention(config, checkpoint, prefix + "self_attn.", config.windows[index]),
+        mlp_norm=_vector(checkpoint, prefix + "post_attention_layernorm.weight", config.hidden_size),
+        mlp=_mlp(config, checkpoint, prefix + "mlp."),
+        norm_eps=config.norm_eps,
+    )
+
+
+def _attention(config: ModelConfig, checkpoint: Checkpoint, prefix: str, window: int | None) -> Attention:
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    parts = [(prefix + "q_proj", queries), (prefix + "k_proj", keys), (prefix + "v_proj", keys)]
+    return Attention(
+        qkv=_linear(checkpoint, parts, config.hidden_size, bias=config.qkv_bias),
+        output=_linear(checkpoint, [(prefix + "o_proj", config.hidden_size)], queries, bias=config.output_bias),
+        qk_norm=_qk_norm(config, checkpoint, prefix) if config.qk_norm else None,
+        norm_eps=config.norm_eps,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        window=window,
+    )
+
+
+def _qk_norm(config: ModelConfig, checkpoint: Checkpoint, prefix: str) -> torch.Tensor:
+    query = _vector(checkpoint, prefix + "q_norm.weight", config.head_dim)
+    key = _vector(checkpoint, prefix + "k_norm.weight", config.head_dim)
+    return torch.cat((query.expand(config.num_heads, -1), key.expand(config.num_kv_heads, -1)))
+
+
+def _mlp(config: ModelConfig, checkpoint: Checkpoint, prefix: str) -> GatedMlp:
+    parts = [(prefix + "gate_proj", config.intermediate_size), (prefix + "up_proj", config.intermediate_size)]
+    down = [(prefix + "down_proj", config.hidden_size)]
+    return GatedMlp(
+        gate_up=_linear(checkpoint, parts, config.hidden_size, bias=config.mlp_bias),
+        down=_linear(checkpoint, down, config.intermediate_size, bias=config.mlp_bias),
+    )
+
+
+def _linear(checkpoint: Checkpoint, parts: Sequence[tuple[str, int]], inputs: int, *, bias: bool) -> Linear:
+    weight = checkpoint.read([f"{name}.weight" for name, _ in parts], [(outputs, inputs) for _, outputs in parts])
+    if not bias:
+        return Linear(weight)
+    return Linear(weight, checkpoint.read([f"{name}.bias" for name, _ in parts], [(outputs,) for _, outputs in parts]))
+
+
+def _vector(checkpoint: Checkpoint, name: str, size: int) -> torch.Tensor:
+    return checkpoint.read([name], [(size,)])

@@ -1,0 +1,133 @@
+"""Tells Redis what this worker holds and that it lives, from a thread of its own.
+
+Knows no gRPC and never touches the pool: events and load come through a queue. Redis may be gone at any time; what it
+missed is made good at a later heartbeat. A newer life of the worker stops this one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+import msgspec
+import redis
+
+from kvstore.events import Event
+from kvstore.lease import Fenced, Lease, LeaseKeeper
+from kvstore.redis_index import RedisIndexWriter
+from worker.engine import Load, StepReport
+
+logger = logging.getLogger(__name__)
+
+
+class Publisher:
+    """`put` may be called from any thread; all of Redis is this thread's, once `start` has returned."""
+
+    def __init__(
+        self,
+        index: RedisIndexWriter,
+        keeper: LeaseKeeper,
+        lease: Lease,
+        *,
+        heartbeat_s: float,
+        on_fenced: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._index = index
+        self._keeper = keeper
+        self._lease = lease
+        self._heartbeat_s = heartbeat_s
+        self._on_fenced = on_fenced
+        self._clock = clock
+        self._queue: SimpleQueue[tuple[list[Event], Load | None] | None] = SimpleQueue()
+        self._load: Load | None = None
+        self._reachable = True
+        self._next_beat = clock()
+        self._thread = threading.Thread(target=self._live, name="publisher", daemon=True)
+
+    def start(self) -> None:
+        """Publish the lease and an empty set, then go on in the background. Raises `redis.RedisError` or `Fenced`."""
+        self._keeper.renew(self._lease)
+        self._index.repair()
+        self._next_beat = self._clock() + self._heartbeat_s
+        self._thread.start()
+
+    def put(self, report: StepReport) -> None:
+        """Take over what a step changed."""
+        if report.events or report.load is not None:
+            self._queue.put((report.events, report.load))
+
+    def stop(self) -> None:
+        """Publish what is left, give the lease back and end the thread. Idempotent."""
+        self._queue.put(None)
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _live(self) -> None:
+        try:
+            while self._round():
+                pass
+            self._give_back()
+        except Fenced as error:
+            logger.warning("%s; it stops", error)
+            self._on_fenced()
+
+    def _round(self) -> bool:
+        """Sleep until there is something to do and do it; False when the thread should end."""
+        events, going_on = self._wait_for_events()
+        if events:
+            self._index.publish(events)
+        if self._clock() >= self._next_beat:
+            self._beat()
+            self._next_beat = self._clock() + self._heartbeat_s
+        return going_on
+
+    def _wait_for_events(self) -> tuple[list[Event], bool]:
+        """All events that wait, in order: several steps in one batch when Redis is slower than the engine."""
+        events: list[Event] = []
+        timeout = max(0.0, self._next_beat - self._clock())
+        try:
+            item = self._queue.get(timeout=timeout)
+            while item is not None:
+                events += item[0]
+                self._load = item[1] or self._load
+                item = self._queue.get_nowait()
+        except Empty:
+            return events, True
+        return events, False
+
+    def _beat(self) -> None:
+        """Renew the lease and bring the index up to date, if Redis is there."""
+        try:
+            self._keeper.renew(self._present())
+            reachable = True
+        except redis.RedisError:
+            reachable = False
+        reachable = reachable and self._index.repair()
+        if reachable != self._reachable:
+            self._reachable = reachable
+            logger.warning("Redis is %s", "back" if reachable else "gone; serving goes on")
+
+    def _present(self) -> Lease:
+        """The lease as it should read now."""
+        lease = msgspec.structs.replace(self._lease, seq=self._index.seq, num_blocks=self._index.num_blocks)
+        load = self._load
+        if load is None:
+            return lease
+        return msgspec.structs.replace(
+            lease,
+            running=load.running,
+            waiting=load.waiting,
+            queued_tokens=load.queued_tokens,
+            prefill_tokens_per_s=load.prefill_tokens_per_s,
+            draining=load.draining,
+        )
+
+    def _give_back(self) -> None:
+        try:
+            self._keeper.release(self._lease.worker_id, self._lease.epoch)
+        except redis.RedisError:
+            logger.info("Redis is gone; the lease ends by itself")

@@ -1,0 +1,160 @@
+"""A request inside the worker: its tokens, how many of them are computed, its blocks, and what it tells the outside.
+
+Knows nothing of the queue, the budget or the wire. Computed tokens never exceed tokens, and a generated token, once
+in an output, never changes.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from kvstore.block_table import BlockTable
+from kvstore.scope import Region
+from worker.batch import SamplingParams
+
+
+class State(Enum):
+    """WAITING <-> RUNNING (admission, preemption), either -> FINISHED."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class Finish(Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+    DEADLINE = "deadline"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRequest:
+    """What a router asks for.
+
+    `token_ids` is the prompt and, on a continuation, the tokens already delivered after it; `sampling.max_tokens`
+    counts generated tokens from `num_prompt_tokens`. `deadline` is a time of the engine's clock.
+    """
+
+    sequence_id: int
+    token_ids: array[int]
+    num_prompt_tokens: int
+    regions: tuple[Region, ...]
+    sampling: SamplingParams
+    priority: int = 0
+    deadline: float | None = None
+    no_store: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionFacts:
+    """What admission found, counted once. Cached counts are positions of `token_ids`, published ones included."""
+
+    cached_device_tokens: int
+    cached_published_tokens: int
+    queue_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """New tokens of one sequence, or its end. `first_index` is the index of `token_ids[0]` among generated tokens."""
+
+    sequence_id: int
+    first_index: int
+    token_ids: tuple[int, ...] = ()
+    finish: Finish | None = None
+    admission: AdmissionFacts | None = None
+    stop_token_id: int | None = None
+    reason: str = ""
+
+
+class Sequence:
+    """One request's live state; the scheduler is its only owner."""
+
+    __slots__ = (
+        "_reported_admission",
+        "admission",
+        "arrival",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "queued_at",
+        "request",
+        "state",
+        "table",
+        "token_ids",
+    )
+
+    def __init__(self, request: SequenceRequest, *, arrival: int, now: float) -> None:
+        self.request = request
+        self.arrival = arrival
+        self.queued_at = now
+        self.state = State.WAITING
+        self.token_ids = array("I", request.token_ids)
+        self.num_prompt_tokens = request.num_prompt_tokens
+        self.num_computed_tokens = 0
+        self.table: BlockTable | None = None
+        self.admission: AdmissionFacts | None = None
+        self._reported_admission = False
+
+    @property
+    def id(self) -> int:
+        return self.request.sequence_id
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Smaller goes first: by priority, then by arrival. Unique."""
+        return (-self.request.priority, self.arrival)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens after the prompt, those delivered by an earlier worker included."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Longest this sequence may become."""
+        return self.num_prompt_tokens + self.request.sampling.max_tokens
+
+    @property
+    def banned_token_ids(self) -> tuple[int, ...]:
+        """Stop ids, until `min_tokens` have been generated."""
+        sampling = self.request.sampling
+        return sampling.stop_token_ids if self.num_generated_tokens < sampling.min_tokens else ()
+
+    def append(self, token_id: int) -> SequenceOutput:
+        """Take a sampled token; the output says whether it was the last."""
+        index = self.num_generated_tokens
+        self.token_ids.append(token_id)
+        finish: Finish | None = None
+        if token_id in self.request.sampling.stop_token_ids:
+            finish = Finish.STOP
+        elif len(self.token_ids) >= self.max_num_tokens:
+            finish = Finish.LENGTH
+        return SequenceOutput(
+            sequence_id=self.id,
+            first_index=index,
+            token_ids=(token_id,),
+            finish=finish,
+            admission=self._admission_once(),
+            stop_token_id=token_id if finish is Finish.STOP else None,
+        )
+
+    def end(self, finish: Finish, reason: str = "") -> SequenceOutput:
+        """The output of a sequence that ends without a token."""
+        return SequenceOutput(self.id, self.num_generated_tokens, finish=finish, reason=reason)
+
+    def _admission_once(self) -> AdmissionFacts | None:
+        if self._reported_admission:
+            return None
+        self._reported_admission = True
+        return self.admission

@@ -1,0 +1,389 @@
+"""The worker's end of the link: gRPC sessions of routers on one side, the engine's queue on the other.
+
+Knows no text and no tenant. All of it lives on one event loop; the engine's thread enters by `deliver`, once a step.
+A sequence belongs to one session and dies with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+from array import array
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from kvstore.events import Event, EventBatch, encode
+from kvstore.scope import Region, ScopeRoot, check_regions
+from pando.errors import ConfigError, InvalidRequest
+from pando.worker.v1 import worker_pb2 as pb
+from pando.worker.v1 import worker_pb2_grpc
+from worker.batch import SamplingParams
+from worker.engine import Engine, Load, StepReport
+from worker.sequence import AdmissionFacts, Finish, SequenceOutput, SequenceRequest
+from worker.session import Attempt, News, RouterSession
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+logger = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 5.0
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+STOP_GRACE_S = 0.2
+SERVICE = "pando.worker.v1.WorkerLink"
+
+# Routers ping every second or so on idle links to notice a hang; the same towards them ends a dead router's sequences.
+SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 100),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 4_000),
+    ("grpc.http2.ping_timeout_ms", 4_000),
+    ("grpc.so_reuseport", 0),
+)
+
+_FINISH = {
+    Finish.STOP: pb.FINISH_STOP,
+    Finish.LENGTH: pb.FINISH_LENGTH,
+    Finish.CANCELLED: pb.FINISH_CANCELLED,
+    Finish.ERROR: pb.FINISH_ERROR,
+    Finish.DEADLINE: pb.FINISH_DEADLINE,
+    Finish.REJECTED: pb.FINISH_REJECTED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerIdentity:
+    """Who this worker is, under the names of a hello."""
+
+    worker: str
+    epoch: int
+    model: str
+    block_size: int
+    key_fingerprint: str
+    max_model_len: int
+    vocab_size: int
+    device_blocks: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Where an engine's sequence came from."""
+
+    session: RouterSession
+    attempt: Attempt
+
+
+class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
+    """Serves `WorkerLink` and health. `deliver` is for the engine's thread, the rest for the loop's."""
+
+    def __init__(self, engine: Engine, identity: WorkerIdentity) -> None:
+        self._engine = engine
+        self._identity = identity
+        self._loop = asyncio.get_running_loop()
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        self._sessions: set[RouterSession] = set()
+        self._origins: dict[int, _Origin] = {}
+        self._none_left = asyncio.Event()
+        self._none_left.set()
+        self._next_id = 0
+        self._seq = 0
+        self._load = Load(device_blocks=identity.device_blocks)
+        self._draining = False
+
+    async def start(self, host: str, port: int) -> str:
+        """Listen; the address as "host:port". Raises `ConfigError` when the port is taken."""
+        worker_pb2_grpc.add_WorkerLinkServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        address = f"[{host}]" if ":" in host else host
+        try:
+            # gRPC says why it cannot bind in lines of its own; a socket keeps silent.
+            socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+            bound = self._server.add_insecure_port(f"{address}:{port}")
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(f"cannot listen on {address}:{port}") from error
+        await self._server.start()
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        return f"{address}:{bound}"
+
+    async def stop(self) -> None:
+        """End all sessions and stop listening."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(STOP_GRACE_S)
+
+    # From the engine's thread
+
+    def deliver(self, report: StepReport) -> None:
+        """Hand over what a step has to say: one wake-up of the loop."""
+        if report.outputs or report.events or report.load is not None:
+            self._loop.call_soon_threadsafe(self._deliver, report)
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    # gRPC
+
+    async def Session(self, request_iterator: object, context: Context) -> None:
+        try:
+            await self._serve(context)
+        except grpc.aio.AbortError:
+            raise
+        except DecodeError:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a message that is none of ours")
+        except Exception:  # the containment of a session: gRPC would hand the exception's text to the peer
+            logger.exception("a session failed")
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error")
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        if request.epoch != self._identity.epoch:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another epoch of this worker")
+        finished, cancelled = await self.drain(request.deadline_ms / 1e3 or None)
+        return pb.DrainResponse(finished=finished, cancelled=cancelled)
+
+    async def FetchBlocks(self, request: pb.FetchBlocksRequest, context: Context) -> None:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this worker does not hand out blocks")
+
+    async def drain(self, timeout_s: float | None) -> tuple[int, int]:
+        """Take no more requests and wait for the running ones; how many finished and how many were cancelled."""
+        self._draining = True
+        self._engine.drain()
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        present = len(self._origins)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._none_left.wait()
+        except TimeoutError:
+            late = list(self._origins)
+            for engine_id in late:
+                self._engine.cancel(engine_id)
+            await self._none_left.wait()
+            return present - len(late), len(late)
+        return present, 0
+
+    # A session
+
+    async def _serve(self, context: Context) -> None:
+        hello = await self._first_message(context)
+        await self._refuse_stranger(hello, context)
+        session = RouterSession(hello.router)
+        self._sessions.add(session)
+        try:
+            await context.write(pb.WorkerMessage(hello=self._hello()))
+            session.set_load(self._load)
+            await self._converse(session, context)
+        except grpc.aio.UsageError:
+            logger.info("the session of router %r broke", session.router)
+        finally:
+            self._close(session)
+
+    async def _first_message(self, context: Context) -> pb.RouterHello:
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                message = await context.read()
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no hello in time")
+        if message is grpc.aio.EOF or message.WhichOneof("message") != "hello":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a session begins with a hello")
+        hello: pb.RouterHello = message.hello
+        return hello
+
+    async def _refuse_stranger(self, hello: pb.RouterHello, context: Context) -> None:
+        if hello.epoch != self._identity.epoch:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another epoch of this worker")
+        if hello.key_fingerprint != self._identity.key_fingerprint:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another key fingerprint")
+
+    async def _converse(self, session: RouterSession, context: Context) -> None:
+        """Read and write at once until the router ends the session."""
+        tasks = [asyncio.create_task(self._read(session, context)), asyncio.create_task(_write(session, context))]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, session: RouterSession, context: Context) -> None:
+        while (message := await context.read()) is not grpc.aio.EOF:
+            self._take(session, message)
+
+    def _take(self, session: RouterSession, message: pb.RouterMessage) -> None:
+        match message.WhichOneof("message"):
+            case "submit":
+                self._submit(session, message.submit)
+            case "cancel" if message.cancel.sequence in session.engine_ids:
+                self._engine.cancel(session.engine_ids[message.cancel.sequence])
+            case "ping":
+                session.add_pong(message.ping.nonce)
+
+    def _submit(self, session: RouterSession, submit: pb.Submit) -> None:
+        self._next_id += 1
+        attempt = Attempt(submit.sequence, submit.attempt)
+        reason = "DRAINING" if self._draining else "MALFORMED" if submit.sequence in session.engine_ids else ""
+        if not reason:
+            try:
+                request = sequence_request(submit, self._next_id, self._identity.vocab_size, self._engine.clock())
+            except InvalidRequest as error:
+                reason = error.reason
+        if reason:
+            rejected = SequenceOutput(self._next_id, 0, finish=Finish.REJECTED, reason=reason)
+            session.add_output(attempt, rejected)
+            return
+        session.engine_ids[submit.sequence] = self._next_id
+        self._origins[self._next_id] = _Origin(session, attempt)
+        self._none_left.clear()
+        self._engine.submit(request)
+
+    def _close(self, session: RouterSession) -> None:
+        """Its sequences are nobody's now: end them."""
+        self._sessions.discard(session)
+        for engine_id in session.engine_ids.values():
+            self._forget(engine_id)
+            self._engine.cancel(engine_id)
+        session.engine_ids.clear()
+
+    def _forget(self, engine_id: int) -> None:
+        del self._origins[engine_id]
+        if not self._origins:
+            self._none_left.set()
+
+    # On the loop
+
+    def _deliver(self, report: StepReport) -> None:
+        for output in report.outputs:
+            origin = self._origins.get(output.sequence_id)
+            if origin is None:
+                continue
+            origin.session.add_output(origin.attempt, output)
+            if output.finish is not None:
+                del origin.session.engine_ids[origin.attempt.sequence]
+                self._forget(output.sequence_id)
+        if report.events:
+            self._feed(report.events)
+        if report.load is not None and report.load != self._load:
+            self._load = report.load
+            for session in self._sessions:
+                session.set_load(report.load)
+
+    def _feed(self, events: list[Event]) -> None:
+        """Block events to every session, numbered as this feed counts them: not as the index in Redis does."""
+        self._seq += 1
+        payload = encode(EventBatch(self._identity.worker, self._identity.epoch, self._seq, events))
+        for session in self._sessions:
+            session.add_events(payload)
+
+    def _hello(self) -> pb.WorkerHello:
+        return pb.WorkerHello(seq=self._seq, **asdict(self._identity))
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", SERVICE):
+            await self._health.set(service, status)
+
+
+async def _write(session: RouterSession, context: Context) -> None:
+    while True:
+        for message in _messages(await session.news()):
+            await context.write(message)
+
+
+def sequence_request(submit: pb.Submit, engine_id: int, vocab_size: int, now: float) -> SequenceRequest:
+    """The request in a Submit; `InvalidRequest` when it makes no sense, whatever a router sends."""
+    token_ids = array("I", submit.token_ids)
+    _require(0 < submit.num_prompt_tokens <= len(token_ids))
+    _require(max(token_ids) < vocab_size)
+    return SequenceRequest(
+        sequence_id=engine_id,
+        token_ids=token_ids,
+        num_prompt_tokens=submit.num_prompt_tokens,
+        regions=_regions(submit),
+        sampling=_sampling(submit.sampling, vocab_size),
+        priority=submit.priority,
+        deadline=now + submit.deadline_ms / 1e3 if submit.deadline_ms else None,
+        no_store=submit.no_store,
+    )
+
+
+def _regions(submit: pb.Submit) -> tuple[Region, ...]:
+    regions = tuple(Region(ScopeRoot(region.scope_root), region.end or None) for region in submit.regions)
+    try:
+        check_regions(regions)
+    except ValueError as error:
+        raise _malformed() from error
+    # A shared scope never reaches over what was generated.
+    _require(all(region.end is None or region.end <= submit.num_prompt_tokens for region in regions))
+    return regions
+
+
+def _sampling(message: pb.SamplingParams, vocab_size: int) -> SamplingParams:
+    _require(message.max_tokens > 0 and message.min_tokens <= message.max_tokens)
+    _require(math.isfinite(message.temperature) and message.temperature >= 0)
+    _require(0 <= message.top_p <= 1 and 0 <= message.min_p <= 1)
+    _require(all(token_id < vocab_size for token_id in message.stop_token_ids))
+    if message.presence_penalty or message.frequency_penalty or message.repetition_penalty not in (0, 1):
+        raise InvalidRequest("this worker knows no penalties", reason="UNSUPPORTED")
+    return SamplingParams(
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p or 1.0,
+        min_p=message.min_p,
+        seed=message.seed,
+        stop_token_ids=tuple(message.stop_token_ids),
+    )
+
+
+def _require(fact: bool) -> None:
+    if not fact:
+        raise _malformed()
+
+
+def _malformed() -> InvalidRequest:
+    return InvalidRequest("the request makes no sense", reason="MALFORMED")
+
+
+def _messages(news: News) -> Iterator[pb.WorkerMessage]:
+    for nonce in news.pongs:
+        yield pb.WorkerMessage(pong=pb.Pong(nonce=nonce))
+    if news.outputs:
+        outputs = [_output_message(attempt, output) for attempt, output in news.outputs.items()]
+        yield pb.WorkerMessage(step=pb.StepOutput(sequences=outputs))
+    if news.events:
+        yield pb.WorkerMessage(events=pb.Events(batches=news.events))
+    if news.load is not None:
+        yield pb.WorkerMessage(load=pb.Load(**asdict(news.load)))
+
+
+def _output_message(attempt: Attempt, output: SequenceOutput) -> pb.SequenceOutput:
+    return pb.SequenceOutput(
+        sequence=attempt.sequence,
+        attempt=attempt.attempt,
+        first_index=output.first_index,
+        token_ids=output.token_ids,
+        finish=_FINISH[output.finish] if output.finish else pb.FINISH_NONE,
+        admission=_admission_message(output.admission) if output.admission else None,
+        stop_token_id=output.stop_token_id or 0,
+        reason=output.reason,
+    )
+
+
+def _admission_message(facts: AdmissionFacts) -> pb.Admission:
+    return pb.Admission(
+        cached_device_tokens=facts.cached_device_tokens,
+        cached_published_tokens=facts.cached_published_tokens,
+        queue_ms=facts.queue_s * 1e3,
+    )

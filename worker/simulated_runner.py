@@ -1,0 +1,181 @@
+"""A runner without a model: tokens from a hash, time from a cost model.
+
+Knows no torch. It keeps the token ids of each block as its "KV" and reads all of them back through the block tables,
+and the next token is a digest of all tokens before it: a slip in paging, sharing or order shows as another token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
+
+from pando.errors import ConfigError
+from pando.settings import WorkerSettings
+from worker.batch import Batch, ScheduledSequence
+from worker.runner import ModelSpec
+
+DEFAULT_VOCAB_SIZE = 8192
+DEFAULT_MAX_MODEL_LEN = 8192
+DEFAULT_NUM_BLOCKS = 4096
+NEVER_WRITTEN = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """What a step takes: a fixed part and a part for each token."""
+
+    step_s: float
+    token_s: float
+
+    def seconds(self, batch: Batch) -> float:
+        """Duration of `batch` on the simulated device."""
+        return self.step_s + batch.num_tokens * self.token_s
+
+
+class SimulatedRunner:
+    """Implements `Runner`. `sleep` and `clock` are passed in, so that a simulation can own time."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        cost: StepCost,
+        *,
+        reserved_token_ids: frozenset[int] = frozenset(),
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.spec = spec
+        self._cost = cost
+        self._reserved = reserved_token_ids | set(spec.eos_token_ids)
+        self._sleep = sleep
+        self._clock = clock
+        # [num_blocks, block_size]
+        self._blocks: npt.NDArray[np.uint32] = np.full((spec.num_blocks, spec.block_size), NEVER_WRITTEN, np.uint32)
+
+    def execute(self, batch: Batch) -> list[int]:
+        """Write each share's tokens to its slots, then read each whole sequence back for its next token."""
+        done_at = self._clock() + self._cost.seconds(batch)
+        for copy in batch.copies:
+            self._blocks[copy.target] = self._blocks[copy.source]
+        for share in batch.sequences:
+            self._write(share)
+        token_ids = [self._next_token(share) for share in batch.sequences if share.sampling is not None]
+        left = done_at - self._clock()
+        if left > 0:
+            self._sleep(left)
+        return token_ids
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _write(self, share: ScheduledSequence) -> None:
+        size = self.spec.block_size
+        tokens = np.frombuffer(share.token_ids, dtype=np.uint32)
+        position = share.start
+        while len(tokens):
+            offset = position % size
+            part = tokens[: size - offset]
+            self._blocks[share.block_ids[position // size], offset : offset + len(part)] = part
+            position += len(part)
+            tokens = tokens[len(part) :]
+
+    def _read(self, share: ScheduledSequence) -> bytes:
+        num_tokens = share.start + len(share.token_ids)
+        table = np.array(share.block_ids[: -(-num_tokens // self.spec.block_size)], dtype=np.int64)
+        return self._blocks[table].reshape(-1)[:num_tokens].tobytes()
+
+    def _next_token(self, share: ScheduledSequence) -> int:
+        assert share.sampling is not None
+        seed = share.sampling.seed if share.sampling.temperature > 0 else 0
+        state = xxh3_64_intdigest(self._read(share), seed)
+        for _ in range(4 * self.spec.vocab_size):
+            token_id = state % self.spec.vocab_size
+            if token_id not in self._reserved and token_id not in share.banned_token_ids:
+                return token_id
+            state = xxh3_64_intdigest(state.to_bytes(8, "little"), seed)
+        raise ValueError("no token of the vocabulary may be drawn")
+
+
+def load_simulated_runner(settings: WorkerSettings) -> SimulatedRunner:
+    """A runner for the model that the settings name, without its weights; raises `ConfigError` on a bad model folder.
+
+    Vocabulary, special tokens and length come from the folder, so that the text side works; from defaults where the
+    model is not on this machine.
+    """
+    folder = _model_folder(settings.model)
+    config = _read_json(folder / "config.json") if folder else {}
+    name = Path(settings.model).resolve().name if Path(settings.model).is_dir() else settings.model
+    vocab_size = int(config.get("vocab_size", DEFAULT_VOCAB_SIZE))
+    spec = ModelSpec(
+        name=name,
+        fingerprint=_fingerprint(name, vocab_size),
+        vocab_size=vocab_size,
+        max_model_len=_max_model_len(settings, config),
+        eos_token_ids=_eos_token_ids(folder, config),
+        num_blocks=settings.device_blocks or DEFAULT_NUM_BLOCKS,
+        block_size=settings.block_size,
+    )
+    cost = StepCost(settings.simulated_step_ms / 1e3, 1.0 / max(settings.simulated_prefill_tokens_per_s, 1e-9))
+    return SimulatedRunner(spec, cost, reserved_token_ids=_special_token_ids(folder, config))
+
+
+def _model_folder(name: str) -> Path | None:
+    """The folder of a model that is on this machine; nothing is downloaded for a simulation."""
+    if name == "pando-tiny" or Path(name).is_dir():
+        from pando.model_folder import resolve_model
+
+        return resolve_model(name)
+    if name.startswith((".", "/", "~")):
+        raise ConfigError(f"there is no model folder {name}")
+    return None
+
+
+def _max_model_len(settings: WorkerSettings, config: dict[str, Any]) -> int:
+    own = int(config.get("max_position_embeddings", DEFAULT_MAX_MODEL_LEN))
+    if settings.max_model_len > own:
+        raise ConfigError(f"max_model_len {settings.max_model_len} is over the model's own {own}")
+    return settings.max_model_len or own
+
+
+def _eos_token_ids(folder: Path | None, config: dict[str, Any]) -> tuple[int, ...]:
+    found = _token_ids(config, "eos_token_id")
+    if folder is not None and (folder / "generation_config.json").exists():
+        found += _token_ids(_read_json(folder / "generation_config.json"), "eos_token_id")
+    return tuple(dict.fromkeys(found))
+
+
+def _special_token_ids(folder: Path | None, config: dict[str, Any]) -> frozenset[int]:
+    found = {i for name in ("bos_token_id", "pad_token_id") for i in _token_ids(config, name)}
+    if folder is not None and (folder / "tokenizer.json").exists():
+        added = _read_json(folder / "tokenizer.json").get("added_tokens", [])
+        found |= {int(token["id"]) for token in added if token.get("special")}
+    return frozenset(found)
+
+
+def _token_ids(config: dict[str, Any], name: str) -> list[int]:
+    value = config.get(name)
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is no JSON object")
+    return content
+
+
+def _fingerprint(name: str, vocab_size: int) -> bytes:
+    message = json.dumps(["simulated", name, vocab_size]).encode()
+    return hashlib.blake2b(message, digest_size=16, person=b"pando.simulated").digest()
