@@ -37,6 +37,10 @@ class Run:
         """What one tenant saw."""
         return [m for m in self.measured if m.ask.tenant == tenant]
 
+    def of_wave(self, wave: int) -> list[Measured]:
+        """What one wave saw."""
+        return [m for m in self.measured if m.ask.wave == wave]
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -62,10 +66,15 @@ class Comparison:
         """Median TTFT of the later waves, with reuse over without."""
         return _later_ttft(self.shared) / _later_ttft(self.alone)
 
+    def ttft_of_wave(self, wave: int) -> tuple[float, float]:
+        """Median seconds to the first token in one wave: with reuse, without."""
+        shared, alone = (statistics.median(m.ttft_s for m in run.of_wave(wave)) for run in (self.shared, self.alone))
+        return shared, alone
+
     @property
     def all_blocks_hit(self) -> bool:
         """Whether every request of the second wave found all full blocks of its system prompt, and no other."""
-        return all(m.cached_tokens == self.full_block_tokens for m in self.shared.measured if m.ask.wave == 1)
+        return all(m.cached_tokens == self.full_block_tokens for m in self.shared.of_wave(1))
 
     @property
     def equal_answers(self) -> int:
@@ -111,16 +120,16 @@ def document(comparison: Comparison) -> dict[str, Any]:
             "requests": comparison.shape.requests,
             "system_prompt_tokens": comparison.shape.head_tokens,
             "max_tokens": comparison.shape.max_tokens,
-            "waves": 1 + comparison.shape.later_waves,
-            "concurrency": comparison.shape.wave_size,
+            "waves": list(comparison.shape.waves),
         },
         "with_reuse": _run_document(comparison.shared, comparison.tenants),
         "without_reuse": _run_document(comparison.alone, comparison.tenants),
         "second_wave": {
             "full_block_tokens": comparison.full_block_tokens,
-            "cached_tokens": sorted({m.cached_tokens for m in comparison.shared.measured if m.ask.wave == 1}),
+            "cached_tokens": sorted({m.cached_tokens for m in comparison.shared.of_wave(1)}),
             "all_blocks_hit": comparison.all_blocks_hit,
         },
+        "waves": [_wave_document(comparison, wave) for wave in range(len(comparison.shape.waves))],
         "ttft_ratio": round(comparison.ttft_ratio, 4),
         "ttft_ratio_goal": GOAL,
         "equal_answers": comparison.equal_answers,
@@ -132,13 +141,15 @@ def summary(comparison: Comparison) -> list[str]:
     """What the table means, a sentence a line."""
     shared, alone, shape = comparison.shared, comparison.alone, comparison.shape
     computed, all_prompt = _computed(shared), _computed(alone)
-    second = sorted({m.cached_tokens for m in shared.measured if m.ask.wave == 1})
+    second = sorted({m.cached_tokens for m in shared.of_wave(1)})
     found = str(second[0]) if len(second) == 1 else f"{second[0]} to {second[-1]}"
     verdict = "every full block" if comparison.all_blocks_hit else "NOT every full block"
     return [
         f"TTFT p50 after the first wave: {_later_ttft(shared) * 1e3:.0f} ms with reuse, "
-        f"{_later_ttft(alone) * 1e3:.0f} ms without: {comparison.ttft_ratio:.2f}x (goal {GOAL}x), "
-        f"at up to {shape.wave_size} requests at once in both runs.",
+        f"{_later_ttft(alone) * 1e3:.0f} ms without: {comparison.ttft_ratio:.2f}x (goal {GOAL}x).",
+        "The same by wave, all requests of a wave at once: "
+        + "; ".join(_wave_line(comparison, wave) for wave in range(len(shape.waves)))
+        + ".",
         f"Second wave: {found} cached tokens of {shape.head_tokens} shared: {verdict} of each tenant's system prompt.",
         f"Prompt tokens computed: {computed:,} against {all_prompt:,} ({computed / all_prompt:.2f}x). Whole run: "
         f"{shared.wall_s:.1f} s against {alone.wall_s:.1f} s.",
@@ -179,6 +190,22 @@ def _run(target: str, asks: Sequence[Ask], shape: Shape, reuse: bool, done: Done
     began = time.perf_counter()
     measured = asyncio.run(send(target, asks, shape, done))
     return Run(reuse, tuple(measured), time.perf_counter() - began)
+
+
+def _wave_line(comparison: Comparison, wave: int) -> str:
+    shared, alone = comparison.ttft_of_wave(wave)
+    name = f"{comparison.shape.waves[wave]}{' cold' if wave == 0 else ''}"
+    return f"{name}: {shared * 1e3:.0f} | {alone * 1e3:.0f} ms"
+
+
+def _wave_document(comparison: Comparison, wave: int) -> dict[str, Any]:
+    shared, alone = comparison.ttft_of_wave(wave)
+    return {
+        "requests": comparison.shape.waves[wave],
+        "ttft_p50_ms": round(shared * 1e3, 1),
+        "ttft_p50_ms_without_reuse": round(alone * 1e3, 1),
+        "ratio": round(shared / alone, 4),
+    }
 
 
 def _later_ttft(run: Run) -> float:

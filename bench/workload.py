@@ -39,18 +39,17 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """`later_waves` waves of `wave_size` requests follow a first one of one request a tenant."""
+    """`waves` are the numbers of requests sent at once; tenants take turns. The first wave finds nothing cached."""
 
     tenants: int = 4
     head_tokens: int = 1024
-    later_waves: int = 3
-    wave_size: int = 20
+    waves: tuple[int, ...] = (4, 4, 16, 20, 20)
     max_tokens: int = 32
 
     @property
     def requests(self) -> int:
         """All requests of all waves."""
-        return self.tenants + self.later_waves * self.wave_size
+        return sum(self.waves)
 
 
 async def make_asks(target: str, shape: Shape) -> list[Ask]:
@@ -64,7 +63,7 @@ async def make_asks(target: str, shape: Shape) -> list[Ask]:
             name: await _head(client, text[i * part : (i + 1) * part], shape.head_tokens)
             for i, name in enumerate(names)
         }
-        waves = [0] * shape.tenants + [1 + i // shape.wave_size for i in range(shape.later_waves * shape.wave_size)]
+        waves = [wave for wave, size in enumerate(shape.waves) for _ in range(size)]
         asks = []
         for number, wave in enumerate(waves):
             name = names[number % shape.tenants]

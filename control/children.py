@@ -31,6 +31,31 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
+# Outlives the process that started it, by design. What is killed may have started others meanwhile, hence the rounds.
+_SWEEP = """
+import glob, os, shutil, signal, sys, time
+folder, spared = sys.argv[1], {os.getpid(), int(sys.argv[2])}
+sys.stdin.buffer.read()
+for _ in range(100):
+    found = set()
+    for path in glob.glob("/proc/[0-9]*/fd/*"):
+        try:
+            if os.readlink(path).startswith(folder + "/"):
+                found.add(int(path.split("/")[2]))
+        except OSError:
+            pass
+    if not found - spared:
+        break
+    for pid in found - spared:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except OSError:
+            pass
+    time.sleep(0.05)
+shutil.rmtree(folder, ignore_errors=True)
+"""
+
+
 class Child:
     """A running child in a session of its own, so that a terminal's Ctrl-C reaches the parent alone.
 
@@ -75,6 +100,24 @@ class Child:
             self._process.stdout.close()
 
 
+class Sweeper:
+    """A small process that, when this one ends in whatever way, kills every other one with a file open in a folder.
+
+    For programs that start others in ways of their own, as Ray does, and keep their logs in that folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is removed in the end."""
+        command = [sys.executable, "-I", "-S", "-c", _SWEEP, str(folder), str(os.getpid())]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+    def sweep(self) -> None:
+        """Do it now and wait until it is done; may be called again."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
 def source_path(env: Mapping[str, str] = os.environ) -> str:
     """PYTHONPATH with which a Python child finds our packages, wherever it runs."""
     kept = [part for part in env.get("PYTHONPATH", "").split(os.pathsep) if part]
@@ -90,25 +133,24 @@ def adopt_orphans() -> None:
 def end_descendants(grace_s: float = 2.0) -> None:
     """End every process below this one: SIGTERM, then SIGKILL after `grace_s` seconds."""
     deadline = time.monotonic() + grace_s
-    for pid in _descendants():
+    for pid in descendants():
         _signal(pid, signal.SIGTERM)
-    while left := _descendants():
+    while left := descendants():
         if time.monotonic() > deadline:
             for pid in left:
                 _signal(pid, signal.SIGKILL)
-        _reap()
         time.sleep(0.02)
 
 
-def _descendants() -> list[int]:
-    """Living processes below this one, children before grandchildren; none where there is no /proc."""
+def descendants() -> list[int]:
+    """Ids of the living processes below this one, children before grandchildren; none where there is no /proc."""
     below: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = entry.read_text().rpartition(")")[2].split()[:2]
         except (OSError, ValueError):
             continue  # ended while we looked
-        if state != "Z" or int(parent) == os.getpid():
+        if state != "Z":
             below.setdefault(int(parent), []).append(int(entry.parent.name))
     found = list(below.get(os.getpid(), ()))
     for pid in found:
@@ -120,13 +162,4 @@ def _signal(pid: int, number: int) -> None:
     try:
         os.kill(pid, number)
     except ProcessLookupError:
-        return
-
-
-def _reap() -> None:
-    """Collect ended children; those of `subprocess` too, which takes that well."""
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
         return

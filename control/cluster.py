@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import tempfile
@@ -23,7 +22,7 @@ from ray._raylet import Config
 from ray.exceptions import RayError
 
 from control.actors import SupervisorActor
-from control.children import source_path
+from control.children import Sweeper, source_path
 from control.supervisor import Patience, WorkerStatus
 from pando.errors import ConfigError, Unavailable
 from pando.settings import WorkerSettings, narrow
@@ -42,6 +41,7 @@ class Cluster:
         self._slots = slots
         self._dashboard = dashboard
         self._folder: Path | None = None
+        self._sweeper: Sweeper | None = None
         self.address = address
         self.local = not address
 
@@ -66,11 +66,11 @@ class Cluster:
         self.address = context.address_info["gcs_address"]
 
     def stop(self) -> None:
-        """Leave Ray; one of our own ends. May be called again."""
+        """Leave Ray; one of our own ends, its folder with it. May be called again."""
         ray.shutdown()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        if self._sweeper is not None:
+            self._sweeper.sweep()
+        self._sweeper = self._folder = None
 
     def worker_options(self, settings: WorkerSettings, count: int) -> dict[str, Any]:
         """Resources of a worker actor: a GPU each where there are GPUs, else CPUs so that `count` workers fit."""
@@ -103,6 +103,7 @@ class Cluster:
         Config.initialize("")  # Ray read its settings when it was imported; it knows no public way to read them again
         short = "/tmp" if len(tempfile.gettempdir()) > 40 else None  # Ray's unix sockets lie below it
         self._folder = Path(tempfile.mkdtemp(prefix="pando-ray-", dir=short))
+        self._sweeper = Sweeper(self._folder)
         return ray.init(
             num_cpus=self._slots + 1,
             namespace=self._namespace,
@@ -221,6 +222,5 @@ def _local_environment() -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),  # Ray keeps the first it reads
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # its agents wait so long for it before they end
         "PYTHONPATH": source_path(),
     }

@@ -6,18 +6,26 @@ Messages are fixed sentences for the caller: no prompt text, no path, no foreign
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import grpc
+if TYPE_CHECKING:
+    import grpc
 
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """How an error crosses the wire."""
+    """How an error crosses the wire: the gRPC status by name, so that a process without grpc can raise errors too."""
 
-    code: grpc.StatusCode
+    status: str
     http: int
     retryable: bool
+
+    @property
+    def code(self) -> grpc.StatusCode:
+        """The gRPC status code."""
+        import grpc
+
+        return grpc.StatusCode[self.status]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +43,7 @@ class PandoError(Exception):
     seconds, None where a retry cannot help; `error_id` names a log line where there is one.
     """
 
-    wire: ClassVar[Wire] = Wire(grpc.StatusCode.INTERNAL, 500, False)
+    wire: ClassVar[Wire] = Wire("INTERNAL", 500, False)
     default_reason: ClassVar[str] = "INTERNAL"
 
     def __init__(
@@ -58,89 +66,89 @@ class PandoError(Exception):
 class ConfigError(PandoError):
     """A setting, file or environment that Pando cannot start with: one line, exit code 2."""
 
-    wire = Wire(grpc.StatusCode.FAILED_PRECONDITION, 500, False)
+    wire = Wire("FAILED_PRECONDITION", 500, False)
     default_reason = "CONFIG"
 
 
 class InvalidRequest(PandoError):
     """The request is malformed or asks for what no setting allows."""
 
-    wire = Wire(grpc.StatusCode.INVALID_ARGUMENT, 400, False)
+    wire = Wire("INVALID_ARGUMENT", 400, False)
     default_reason = "INVALID_REQUEST"
 
 
 class Unauthenticated(PandoError):
     """No credential, or one that is not known."""
 
-    wire = Wire(grpc.StatusCode.UNAUTHENTICATED, 401, False)
+    wire = Wire("UNAUTHENTICATED", 401, False)
     default_reason = "UNAUTHENTICATED"
 
 
 class PermissionDenied(PandoError):
     """The tenant is known and not entitled to this."""
 
-    wire = Wire(grpc.StatusCode.PERMISSION_DENIED, 403, False)
+    wire = Wire("PERMISSION_DENIED", 403, False)
     default_reason = "PERMISSION_DENIED"
 
 
 class NotFound(PandoError):
     """A model, worker or prefix that does not exist for this tenant."""
 
-    wire = Wire(grpc.StatusCode.NOT_FOUND, 404, False)
+    wire = Wire("NOT_FOUND", 404, False)
     default_reason = "NOT_FOUND"
 
 
 class AlreadyExists(PandoError):
     """The tenant has a request of this id in flight."""
 
-    wire = Wire(grpc.StatusCode.ALREADY_EXISTS, 409, False)
+    wire = Wire("ALREADY_EXISTS", 409, False)
     default_reason = "ALREADY_EXISTS"
 
 
 class ResourceExhausted(PandoError):
     """A limit of the tenant or of the fleet; `retry_after_s` says when to come again."""
 
-    wire = Wire(grpc.StatusCode.RESOURCE_EXHAUSTED, 429, True)
+    wire = Wire("RESOURCE_EXHAUSTED", 429, True)
     default_reason = "RESOURCE_EXHAUSTED"
 
 
 class Unavailable(PandoError):
     """No worker can serve the request now."""
 
-    wire = Wire(grpc.StatusCode.UNAVAILABLE, 503, True)
+    wire = Wire("UNAVAILABLE", 503, True)
     default_reason = "UNAVAILABLE"
 
 
 class DeadlineExceeded(PandoError):
     """The caller's time, or the server's maximum, ran out."""
 
-    wire = Wire(grpc.StatusCode.DEADLINE_EXCEEDED, 504, False)
+    wire = Wire("DEADLINE_EXCEEDED", 504, False)
     default_reason = "DEADLINE_EXCEEDED"
 
 
 class Cancelled(PandoError):
     """The caller went away or took the request back."""
 
-    wire = Wire(grpc.StatusCode.CANCELLED, 499, False)
+    wire = Wire("CANCELLED", 499, False)
     default_reason = "CANCELLED"
 
 
 class Unsupported(PandoError):
     """A part of the contract that this version does not serve."""
 
-    wire = Wire(grpc.StatusCode.UNIMPLEMENTED, 501, False)
+    wire = Wire("UNIMPLEMENTED", 501, False)
     default_reason = "UNSUPPORTED"
 
 
 class InternalError(PandoError):
     """A defect of Pando; `error_id` finds it in the log."""
 
-    wire = Wire(grpc.StatusCode.INTERNAL, 500, False)
+    wire = Wire("INTERNAL", 500, False)
     default_reason = "INTERNAL"
 
 
-_BY_CODE: dict[grpc.StatusCode, type[PandoError]] = {
-    cls.wire.code: cls
+_BY_STATUS: dict[str, type[PandoError]] = {
+    cls.wire.status: cls
     for cls in (
         ConfigError, InvalidRequest, Unauthenticated, PermissionDenied, NotFound, AlreadyExists,
         ResourceExhausted, Unavailable, DeadlineExceeded, Cancelled, Unsupported, InternalError,
@@ -150,4 +158,4 @@ _BY_CODE: dict[grpc.StatusCode, type[PandoError]] = {
 
 def error_type(code: grpc.StatusCode) -> type[PandoError]:
     """The error a client raises for a status code; `InternalError` for one that Pando never sends."""
-    return _BY_CODE.get(code, InternalError)
+    return _BY_STATUS.get(code.name, InternalError)

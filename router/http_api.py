@@ -1,6 +1,6 @@
 """The HTTP port: /health for load balancers and /metrics for Prometheus.
 
-Knows nothing of requests for text. No answer holds a prompt, a key or a tenant's traffic beyond the counts.
+Knows nothing of requests for text. /health is open and says one word; /metrics names tenants and takes the admin key.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from pando.errors import ConfigError
+from pando.errors import ConfigError, Unauthenticated
+from router.auth import require_admin
 from router.metrics import Metrics
 
 MAX_BODY_BYTES = 64 * 1024
@@ -18,8 +19,10 @@ MAX_BODY_BYTES = 64 * 1024
 class HttpServer:
     """Serves on one address from `start` to `stop`."""
 
-    def __init__(self, metrics: Metrics, ready: Callable[[], bool]) -> None:
+    def __init__(self, metrics: Metrics, ready: Callable[[], bool], *, admin_key: str) -> None:
+        """An empty `admin_key` leaves /metrics open too, which only a loopback address may."""
         self._metrics = metrics
+        self._admin_key = admin_key
         self._ready = ready
         application = web.Application(client_max_size=MAX_BODY_BYTES)
         application.add_routes([web.get("/health", self._health), web.get("/metrics", self._exposition)])
@@ -43,5 +46,9 @@ class HttpServer:
         return web.json_response({"status": "ok" if ready else "no ready worker"}, status=200 if ready else 503)
 
     async def _exposition(self, request: web.Request) -> web.Response:
+        try:
+            require_admin(self._admin_key, ((name.lower(), value) for name, value in request.headers.items()))
+        except Unauthenticated as error:
+            return web.Response(status=401, text=error.message, headers={"WWW-Authenticate": "Bearer"})
         body, content_type = self._metrics.exposition()
         return web.Response(body=body, headers={"Content-Type": content_type})

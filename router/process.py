@@ -45,7 +45,7 @@ from router.server import INFERENCE, PREFIXES, ServerOptions, address, admin_ser
 from router.tokenizer import Tokenizer
 
 GRACE_S = 5.0
-REDIS_START_S = 3.0
+REDIS_START_S = 2.0
 SECRET_TTL_MS = 3000
 SECRET_EVERY_S = 1.0
 
@@ -161,7 +161,7 @@ class RouterProcess:
         return where
 
     async def _serve_http(self, metrics: Metrics, ready: Callable[[], bool]) -> str:
-        http = HttpServer(metrics, ready)
+        http = HttpServer(metrics, ready, admin_key=self._settings.admin_key)
         self._parts.push_async_callback(http.stop)
         port = await http.start(self._settings.host, self._settings.http_port)
         return address(self._settings.host, port)
@@ -214,9 +214,8 @@ class SecretClaim:
 
     async def start(self) -> None:
         """Raise `ConfigError` if Redis cannot be reached, or a live router has another secret."""
-        deadline = time.monotonic() + REDIS_START_S
-        while not await self._claim_or_wait(deadline):
-            # What a router that died left behind is gone after its time to live.
+        began = time.monotonic()
+        while not await self._claim_within(time.monotonic() - began):
             await asyncio.sleep(0.2)
         self._task = asyncio.create_task(self._keep(), name="cluster-secret")
 
@@ -227,15 +226,15 @@ class SecretClaim:
             await asyncio.gather(self._task, return_exceptions=True)
         await self._client.aclose()
 
-    async def _claim_or_wait(self, deadline: float) -> bool:
-        late = time.monotonic() > deadline + SECRET_TTL_MS / 1000
+    async def _claim_within(self, waited_s: float) -> bool:
+        """Try once; raises when it has failed for too long. What a dead router left is gone after its time to live."""
         try:
             agreed = await self._claim()
         except redis.RedisError as error:
-            if time.monotonic() > deadline:
+            if waited_s > REDIS_START_S:
                 raise ConfigError(f"cannot reach Redis at {_without_credentials(self._url)}") from error
             return False
-        if not agreed and late:
+        if not agreed and waited_s > SECRET_TTL_MS / 1000 + 0.5:
             raise ConfigError("another router of this cluster has another cluster secret: set PANDO_CLUSTER_SECRET")
         return agreed
 

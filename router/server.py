@@ -31,6 +31,7 @@ ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 HEALTH = "grpc.health.v1.Health"
 
 MAX_METADATA_BYTES = 8 * 1024
+MAX_PORT = 65535
 
 _NOBODY = Tenant(TenantId(""))
 
@@ -93,6 +94,8 @@ def listen(server: grpc.aio.Server, host: str, port: int) -> str:
 
 def check_free(host: str, port: int) -> None:
     """Raise `ConfigError` if something listens there: asked first because gRPC logs pages about it."""
+    if port > MAX_PORT:
+        raise ConfigError(f"cannot listen on port {port}: the highest is {MAX_PORT}")
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with closing(socket.socket(family, kind, protocol)) as probe:

@@ -186,7 +186,7 @@ def _device(name: str) -> torch.device:
 
 
 def _worthwhile_threads(folder: Path, *, available: int) -> int:
-    """Threads meet several times a layer; a small model loses more there than it gains, and on a busy machine by far."""
+    """Threads meet several times a layer: a small model loses more there than it gains, by far on a busy machine."""
     weight_bytes = sum(path.stat().st_size for path in weight_files(folder))
     return min(available, 1 + weight_bytes // BYTES_PER_THREAD)
 

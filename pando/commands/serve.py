@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, TextIO
 from pando.command_line import add_settings, or_fail, read_settings
 from pando.commands.interrupt import Interrupted, interruptible
 from pando.errors import ConfigError, PandoError
-from pando.settings import CrewSettings, RouterSettings, UpSettings, WorkerSettings, narrow, to_flags
+from pando.settings import (
+    ENV_PREFIX,
+    CrewSettings,
+    RouterSettings,
+    UpSettings,
+    WorkerSettings,
+    narrow,
+    secrets,
+    to_flags,
+)
 
 if TYPE_CHECKING:
     from control.stack import Running
@@ -61,6 +70,9 @@ def router(given: argparse.Namespace) -> int:
     from router.__main__ import main
 
     settings = or_fail("pando router", lambda: read_settings(RouterSettings, given))
+    for name in [name for name in os.environ if name.startswith(ENV_PREFIX)]:
+        del os.environ[name]  # what they said is in the settings
+    os.environ.update(secrets(settings))
     return main(to_flags(settings) + (["--json"] if given.json else []))
 
 

@@ -67,9 +67,15 @@ class FakeFleet:
     error: Exception | None = None
     found: AdmissionReport = field(default_factory=AdmissionReport)
     requests: list[TokenRequest] = field(default_factory=list)
+    streams: list[AsyncIterator[TokenDelta]] = field(default_factory=list)
     open: int = 0
 
-    async def stream(self, request: TokenRequest) -> AsyncIterator[TokenDelta]:
+    def stream(self, request: TokenRequest) -> AsyncIterator[TokenDelta]:
+        """Streams are kept, so that only whoever closes them closes them, not the garbage collector."""
+        self.streams.append(self._stream(request))
+        return self.streams[-1]
+
+    async def _stream(self, request: TokenRequest) -> AsyncIterator[TokenDelta]:
         self.requests.append(request)
         self.open += 1
         try:

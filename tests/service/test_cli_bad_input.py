@@ -7,14 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from control.children import source_path
+from control.children import adopt_orphans, descendants, source_path
 
 FREE_PORTS = ["--port", "0", "--http-port", "0", "--admin-port", "0"]
 
@@ -29,30 +28,21 @@ class Outcome:
 
 
 def pando(*argv: str, env: dict[str, str] | None = None) -> Outcome:
-    """Run the command line; `left` are processes it started, found by a mark in their environment."""
-    mark = f"STRAY_MARK={uuid.uuid4().hex}"
+    """Run the command line; `left` are processes it started and that outlived it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PANDO_")}
-    name, _, value = mark.partition("=")
+    adopt_orphans()
+    before = frozenset(descendants())
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "pando.cli", *argv],
-        env=kept | {"PYTHONPATH": source_path(), name: value} | (env or {}),
+        env=kept | {"PYTHONPATH": source_path()} | (env or {}),
         capture_output=True,
         text=True,
         timeout=60,
     )
-    return Outcome(done.returncode, done.stdout, done.stderr, time.monotonic() - began, marked(mark))
-
-
-def marked(mark: str) -> list[int]:
-    found = []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if mark.encode() in environ.read_bytes():
-                found.append(int(environ.parent.name))
-        except OSError:
-            continue
-    return found
+    seconds = time.monotonic() - began
+    left = [pid for pid in descendants() if pid not in before]
+    return Outcome(done.returncode, done.stdout, done.stderr, seconds, left)
 
 
 @pytest.fixture

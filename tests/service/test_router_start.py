@@ -73,9 +73,10 @@ def ended(process: subprocess.Popen[str]) -> str:
     return lines[0]
 
 
-def status(url: str) -> int:
+def status(url: str, key: str = "") -> int:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(request, timeout=5) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         error.close()
@@ -122,6 +123,9 @@ def test_keys_open_other_addresses(start: Start, redis_url: str, tmp_path: Path)
         stranger.list_models()
     with pando.Client(target, api_key="k") as client:
         assert client.list_models()
+    http = found["http"].replace("0.0.0.0", "127.0.0.1")
+    assert [status(f"http://{http}/metrics", key) for key in ("", "k", "root")] == [401, 401, 200]
+    assert status(f"http://{http}/health") == 503
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,7 @@ async def test_a_hung_worker_is_noticed(own_redis: Any) -> None:
                 with pytest.raises(Unavailable, match="incomplete"):
                     async for _ in stream:
                         pass
-                print("HUNG", time.monotonic() - stopped); assert time.monotonic() - stopped < 5.0  # 2.5 s where nothing else runs
+                assert time.monotonic() - stopped < 5.0  # 1.6 s where nothing else runs
                 assert router.num_ready() == 1
                 assert (await router.ask("a", prompt(1, 100)))[0].worker != home
             finally:

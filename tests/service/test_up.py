@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from control.children import source_path
+from control.children import adopt_orphans, descendants, source_path
 from pando.admin_client import AdminClient
 from pando.client import Client
 from pando.errors import Unavailable
@@ -27,22 +27,26 @@ pytestmark = pytest.mark.ray
 UP = ["up", "--json", "--runner", "simulated", "--port", "0", "--http-port", "0", "--admin-port", "0"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def adopts_orphans() -> None:
+    """Whatever a command leaves behind becomes a child of this process, and is seen."""
+    adopt_orphans()
+
+
 @dataclass
 class Command:
-    """A running `pando` command; every process it starts carries `mark` in its environment."""
+    """A running `pando` command; `before` are the processes there were before it."""
 
     process: subprocess.Popen[str]
-    mark: bytes
+    before: frozenset[int]
 
     def left(self) -> dict[int, str]:
-        """Living processes of this command, itself included."""
+        """Living processes of this command, itself included: id and command line."""
         found = {}
-        for environ in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if self.mark in environ.read_bytes():
-                    found[int(environ.parent.name)] = (environ.parent / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
+        for pid in descendants():
+            with contextlib.suppress(OSError):
+                if pid not in self.before:
+                    found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
         return found
 
     def line(self) -> dict[str, Any]:
@@ -60,20 +64,19 @@ class Command:
 
     def close(self) -> None:
         for pid in self.left():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
 
-def start(*argv: str, **pipes: Any) -> Command:
-    mark = uuid.uuid4().hex
+def start(*argv: str, env: dict[str, str] | None = None) -> Command:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PANDO_")}
-    env = kept | {"PYTHONPATH": source_path(), "STRAY_MARK": mark}
+    env = kept | {"PYTHONPATH": source_path()} | (env or {})
+    before = frozenset(descendants())
     command = [sys.executable, "-m", "pando.cli", *argv]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, **pipes)
-    return Command(process, f"STRAY_MARK={mark}".encode())
+    return Command(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True), before)
 
 
 def run(*argv: str, text: str | None = None) -> str:
@@ -104,8 +107,8 @@ def ready(up: Command) -> dict[str, Any]:
     return up.line()
 
 
-def ready_epochs(admin_target: str) -> dict[str, int]:
-    with AdminClient(admin_target) as admin:
+def ready_epochs(admin_target: str, *, key: str = "") -> dict[str, int]:
+    with AdminClient(admin_target, key=key) as admin:
         try:
             workers = admin.workers()
         except Unavailable:
@@ -219,3 +222,23 @@ def test_a_killed_up_takes_everything_with_it() -> None:
         until(lambda: command.left() == {})
     finally:
         command.close()
+
+
+def test_routers_and_workers_run_apart(redis_url: str) -> None:
+    env = {"PANDO_CLUSTER_SECRET": "of both routers", "PANDO_ADMIN_KEY": "k"}
+    commands = [start("workers", "--json", "--runner", "simulated", "--workers", "1", "--redis", redis_url)]
+    try:
+        for _ in range(2):
+            commands.append(start("router", *UP[1:2], *UP[4:], "--redis", redis_url, env=env))
+        listening = [command.line() for command in commands]
+        assert [worker["id"] for worker in listening[0]["workers"]] == ["worker-0"]
+        texts = set()
+        for router in listening[1:]:
+            until(lambda target=router["admin"]: ready_epochs(target, key="k") == {"worker-0": 1})
+            texts.add(greedy(router["grpc"]))
+        assert len(texts) == 1
+        assert [command.end(signal.SIGTERM) for command in reversed(commands)] == [0, 0, 0]
+        assert commands[0].left() == {}
+    finally:
+        for command in commands:
+            command.close()

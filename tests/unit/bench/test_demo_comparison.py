@@ -9,7 +9,7 @@ import pytest
 from bench.demo import Comparison, Run, document, summary, table
 from bench.workload import Ask, Measured, Shape, percentile
 
-SHAPE = Shape(tenants=2, head_tokens=40, later_waves=2, wave_size=2, max_tokens=4)
+SHAPE = Shape(tenants=2, head_tokens=40, waves=(2, 2, 2), max_tokens=4)
 
 
 def run(*, reuse: bool, later_ttft_s: float, cached: int, answer: tuple[int, ...] = (1, 2, 3, 4)) -> Run:
@@ -67,6 +67,7 @@ def test_the_document_is_json_and_adds_up() -> None:
     found = json.loads(json.dumps(document(compare())))
     assert found["ok"] is True and found["ttft_ratio"] == 0.2
     assert found["second_wave"] == {"full_block_tokens": 32, "cached_tokens": [32], "all_blocks_hit": True}
+    assert [wave["ratio"] for wave in found["waves"]] == [1.0, 0.2, 0.2]
     total = found["with_reuse"]["total"]
     assert (total["requests"], total["prompt_tokens"], total["cached_tokens"]) == (6, 300, 128)
     assert total["worker_spread"] == {"worker-0": 3, "worker-1": 3}

@@ -146,7 +146,7 @@ def test_bad_combinations_are_refused_with_one_line(render: Callable[..., Any], 
 
 def test_each_refusal_in_the_chart_has_its_test(folder: Path) -> None:
     rules = (folder / "templates" / "validate.yaml").read_text().count("fail ")
-    cases = test_bad_combinations_are_refused_with_one_line.pytestmark[0].args[1]  # type: ignore[attr-defined]
+    cases = test_bad_combinations_are_refused_with_one_line.pytestmark[0].args[1]
     assert rules == len(cases) - 2, "the rule on image tags stands for three images"
 
 

@@ -53,6 +53,43 @@ def build(tmp_path: Path) -> Build:
     return make
 
 
+@pytest.fixture
+def sentencepiece(tmp_path: Path) -> Path:
+    """A folder in the manner of Llama 2: spaces as marks, one put before every piece, bytes for unknown characters."""
+    trained = Trained(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    trained.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1, right=0),
+        ]
+    )
+    every_byte = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[*SPECIALS, "<unk>"], show_progress=False)
+    trained.train_from_iterator([text for line in CORPUS for text in (line, *every_byte)], trainer)
+    trained.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    trained.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "chat_template": TEMPLATE}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", ["hello world", "  two  spaces ", "a <|end|> b", "def main():\n    return"])
+def test_sentencepiece_texts(sentencepiece: Path, text: str) -> None:
+    tokenizer, reference = Tokenizer(sentencepiece), Trained.from_file(str(sentencepiece / "tokenizer.json"))
+    reference.encode_special_tokens = True
+    assert list(tokenizer.encode_now(text)) == reference.encode(text).ids
+    assert tokenizer.decode_now(tokenizer.encode_now(text)) == reference.decode(reference.encode(text).ids)
+
+
+def test_a_sentencepiece_chat_is_encoded_as_the_file_does(sentencepiece: Path) -> None:
+    tokenizer, reference = Tokenizer(sentencepiece), Trained.from_file(str(sentencepiece / "tokenizer.json"))
+    rendered = "<s><|user|>hello world<|end|>\n<|assistant|>"
+    ids = tokenizer.encode_chat_now([ChatMessage("user", "hello world")])
+    assert list(ids) == reference.encode(rendered, add_special_tokens=False).ids
+
+
 def special_ids(ids: array[int]) -> list[int]:
     return [token for token in ids if token < len(SPECIALS)]
 
