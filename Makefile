@@ -31,9 +31,10 @@ test: setup ## every check a change must pass: lint, types, layers, stubs, tests
 check: lint type ## what `make test` runs, in the environment of the caller
 	python -m pytest
 
-lint: setup ## ruff, import layers, generated stubs
+lint: setup ## ruff, spelling, import layers, generated stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.check_stubs
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._raylet import Config
+from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 
 from control.actors import SupervisorActor
@@ -74,7 +74,7 @@ class Cluster:
 
     def worker_options(self, settings: WorkerSettings, count: int) -> dict[str, Any]:
         """Resources of a worker actor: a GPU each where there are GPUs, else CPUs so that `count` workers fit."""
-        total = ray.cluster_resources()
+        total = _resources()
         gpus = int(total.get("GPU", 0))
         options: dict[str, Any] = {} if self.local else {"scheduling_strategy": "SPREAD"}
         if settings.runner == "model" and settings.device != "cpu" and gpus:
@@ -88,9 +88,10 @@ class Cluster:
 
     def share_host(self, settings: WorkerSettings, count: int) -> WorkerSettings:
         """Settings of workers that share hosts without GPUs: each takes its part of the cores and of the memory."""
-        nodes = max(1, len([node for node in ray.nodes() if node["Alive"]]))
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        nodes = max(1, len(alive))
         per_node = -(-count // nodes)
-        cores = len(os.sched_getaffinity(0)) if self.local else int(ray.cluster_resources().get("CPU", 1)) // nodes
+        cores = len(os.sched_getaffinity(0)) if self.local else int(_resources().get("CPU", 1)) // nodes
         return narrow(
             WorkerSettings,
             settings,
@@ -203,6 +204,11 @@ class Crew:
             return ray.get(getattr(self._supervisor, method).remote(), timeout=_CALL_TIMEOUT_S)
         except RayError as error:
             raise Unavailable("the supervisor of the workers is gone") from error
+
+
+def _resources() -> dict[str, float]:
+    found: dict[str, float] = ray.cluster_resources()
+    return found
 
 
 def _check_answers(address: str, timeout_s: float = 3.0) -> None:

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from control.cluster import Cluster, Crew
-from control.redis_server import RedisServer, check_reachable, find_binary, without_password
+from control.redis_server import RedisServer, without_password
 from control.router_process import Listening, RouterProcess
-from control.supervisor import Patience, WorkerStatus
+from control.supervisor import WorkerStatus
 from pando.errors import ConfigError
-from pando.model_folder import resolve_model
 from pando.settings import RouterSettings, UpSettings, WorkerSettings, narrow
 from pando.v1 import admin_pb2
-from router.auth import check_admin_key, open_authenticator
 
 Say = Callable[[str], None]
 
@@ -46,23 +43,20 @@ class Running:
 class Stack:
     """The parts of one fleet. `start` and `tend` belong on the main thread."""
 
-    def __init__(
-        self, settings: UpSettings, say: Say, *, cluster: Cluster | None = None, patience: Patience | None = None
-    ) -> None:
-        """`say` hears one line of progress at a time. `cluster` is a started Ray to use, and to leave running."""
+    def __init__(self, settings: UpSettings, say: Say, *, cluster: Cluster | None = None) -> None:
+        """`settings` passed `control.checks.check`; `say` hears one line of progress at a time; `cluster` is a Ray that
+        runs, to use and to leave running."""
         if not settings.cluster_secret:
             settings = narrow(UpSettings, settings, cluster_secret=secrets.token_hex(32))
         self._settings = settings
         self._say = say
         self._progress = _Progress(say)
         self._given_cluster = cluster
-        self._patience = patience
         self._parts = contextlib.ExitStack()
         self._redis: RedisServer | None = None
 
     def start(self) -> Running:
         """Start everything and wait until the router sees every worker ready. `ConfigError` leaves nothing running."""
-        check(self._settings)
         try:
             return self._start()
         except BaseException:
@@ -82,10 +76,6 @@ class Stack:
             self._say("the supervisor ended: started it and the workers again")
         self._progress.workers(self._crew.workers())
 
-    def workers(self) -> Sequence[WorkerStatus]:
-        """Every wanted worker as its supervisor sees it."""
-        return self._crew.workers()
-
     def stop(self) -> None:
         """End every part, the router first; may be called again."""
         self._parts.close()
@@ -95,7 +85,7 @@ class Stack:
         url = self._start_redis()
         settings = narrow(UpSettings, self._settings, redis=url)
         self._cluster = self._given_cluster or self._new_cluster()
-        self._crew = Crew(self._cluster, _worker_settings(settings), settings.workers, patience=self._patience)
+        self._crew = Crew(self._cluster, _worker_settings(settings), settings.workers)
         self._router = RouterProcess(narrow(RouterSettings, settings))
         self._start_router_and_workers()
         listening = self._router.wait_listening(deadline - time.monotonic())
@@ -132,6 +122,8 @@ class Stack:
         if self._given_cluster is None:
             self._say(f"joining Ray at {self._settings.ray}" if self._settings.ray else "starting Ray")
             self._cluster.start()
+            if self._cluster.log_folder:
+                self._say(f"Ray runs; what workers log is in {self._cluster.log_folder}")
         self._say(f"starting {self._settings.workers} workers with {self._settings.model}")
         self._crew.start()
 
@@ -161,44 +153,6 @@ class _Progress:
             if self._seen.get(worker.worker_id) != worker.state:
                 self._seen[worker.worker_id] = worker.state
                 self._say(f"{worker.worker_id}: {worker.state}{': ' if worker.reason else ''}{worker.reason}")
-
-
-def check(settings: UpSettings) -> None:
-    """What can be known to be wrong before anything is started; raises `ConfigError`."""
-    if settings.workers < 1:
-        raise ConfigError("--workers must be at least 1")
-    resolve_model(settings.model)
-    open_authenticator(settings.tenants, settings.host)
-    check_admin_key(settings.admin_key, settings.host)
-    _check_ports(settings)
-    if settings.redis:
-        check_reachable(settings.redis)
-    elif settings.ray:
-        raise ConfigError("--ray needs --redis: workers elsewhere cannot reach a Redis of our own")
-    else:
-        find_binary()
-
-
-def _check_ports(settings: UpSettings) -> None:
-    wanted = {"--port": settings.port, "--http-port": settings.http_port, "--admin-port": settings.admin_port}
-    fixed = {flag: port for flag, port in wanted.items() if port}
-    if len(set(fixed.values())) < len(fixed):
-        raise ConfigError("--port, --http-port and --admin-port must differ")
-    for flag, port in fixed.items():
-        check_port(settings.host, port, flag)
-
-
-def check_port(host: str, port: int, flag: str) -> None:
-    """Raises `ConfigError` when something listens there or the address is not ours."""
-    if port > 65535:
-        raise ConfigError(f"{flag} {port} is no port number")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port} ({flag}): {error.strerror or error}") from error
 
 
 def _worker_settings(settings: UpSettings) -> WorkerSettings:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 
 from pando.errors import PandoError, Unavailable, error_type
 from pando.v1 import admin_pb2, admin_pb2_grpc
-
-R = TypeVar("R")
 
 
 class AdminClient:
@@ -25,7 +23,7 @@ class AdminClient:
         self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(target)
-        self._stub = admin_pb2_grpc.AdminStub(self._channel)
+        self._stub: Any = admin_pb2_grpc.AdminStub(self._channel)
 
     def __enter__(self) -> AdminClient:
         return self
@@ -45,13 +43,14 @@ class AdminClient:
 
     def stats(self) -> admin_pb2.GetStatsResponse:
         """The router's totals."""
-        return self._call(self._stub.GetStats, admin_pb2.GetStatsRequest())
+        totals: admin_pb2.GetStatsResponse = self._call(self._stub.GetStats, admin_pb2.GetStatsRequest())
+        return totals
 
     def close(self) -> None:
         """Close the connection."""
         self._channel.close()
 
-    def _call(self, method: Callable[..., R], request: Any) -> R:
+    def _call(self, method: Callable[..., Any], request: Any) -> Any:
         try:
             return method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:

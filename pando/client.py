@@ -83,8 +83,8 @@ class _Connection:
         elif tenant:
             self._metadata = (("x-pando-tenant", tenant),)
         self._channel = self._open(target, credentials)
-        self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._prefixes: Any = prefixes_pb2_grpc.PrefixesStub(self._channel)  # type: ignore[no-untyped-call]
+        self._inference: Any = inference_pb2_grpc.InferenceStub(self._channel)
+        self._prefixes: Any = prefixes_pb2_grpc.PrefixesStub(self._channel)
 
     def _open(self, target: str, credentials: grpc.ChannelCredentials | None) -> Any:
         if credentials is None:

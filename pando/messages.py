@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import grpc
 from google.protobuf import duration_pb2
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2, status_pb2
 
 from pando.errors import FieldViolation, InvalidRequest, PandoError, error_type
 from pando.v1 import inference_pb2 as pb

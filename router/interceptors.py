@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 from google.protobuf import duration_pb2
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2, status_pb2
 
 from pando.errors import DeadlineExceeded, InternalError, InvalidRequest, PandoError, ResourceExhausted
 from router.auth import Metadata, Tenant

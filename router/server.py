@@ -60,8 +60,8 @@ def public_server(
         return authenticator.tenant(metadata)
 
     server = _server(options, Gate(authorize, options.limits, raw_checks=RAW_CHECKS, observe=metrics.call))
-    inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)  # type: ignore[no-untyped-call]
-    prefixes_pb2_grpc.add_PrefixesServicer_to_server(PrefixesService(), server)  # type: ignore[no-untyped-call]
+    inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
+    prefixes_pb2_grpc.add_PrefixesServicer_to_server(PrefixesService(), server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if options.reflection:
         enable_server_reflection((INFERENCE, PREFIXES, HEALTH, REFLECTION), server)
@@ -76,7 +76,7 @@ def admin_server(view: RouterView, admin_key: str, options: ServerOptions) -> gr
         return _NOBODY
 
     server = _server(options, Gate(authorize, options.limits, observe=view.metrics.call))
-    admin_pb2_grpc.add_AdminServicer_to_server(AdminService(view), server)  # type: ignore[no-untyped-call]
+    admin_pb2_grpc.add_AdminServicer_to_server(AdminService(view), server)
     if options.reflection:
         enable_server_reflection((ADMIN, REFLECTION), server)
     return server

@@ -246,7 +246,7 @@ class WorkerLink:
         was_live = False
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             try:
-                stub = worker_pb2_grpc.WorkerLinkStub(channel)  # type: ignore[no-untyped-call]
+                stub = worker_pb2_grpc.WorkerLinkStub(channel)
                 messages = aiter(stub.Session(self._messages()))
                 await self._greet(messages)
                 was_live = True

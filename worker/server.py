@@ -104,7 +104,7 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
 
     async def start(self, host: str, port: int) -> str:
         """Listen; the address as "host:port". Raises `ConfigError` when the port is taken."""
-        worker_pb2_grpc.add_WorkerLinkServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        worker_pb2_grpc.add_WorkerLinkServicer_to_server(self, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         address = f"[{host}]" if ":" in host else host
         try:

@@ -46,11 +46,12 @@ def demo(given: argparse.Namespace) -> int:
 
 
 def _demo(settings: UpSettings, out: TextIO, *, as_json: bool) -> int:
-    from bench.demo import compare, document, summary, table
-    from bench.workload import Shape
-    from control.stack import check
+    from control.checks import check
 
     check(settings)
+    from bench.demo import compare, document, summary, table
+    from bench.workload import Shape
+
     comparison = compare(settings, Shape(), say, _progress)
     if as_json:
         print(json.dumps(document(comparison)), file=out)

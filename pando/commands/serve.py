@@ -111,7 +111,10 @@ def say_nothing(line: str) -> None:
 
 
 def _up(settings: UpSettings, out: TextIO, *, as_json: bool) -> int:
-    from control.stack import Stack
+    from control.checks import check
+
+    check(settings)
+    from control.stack import Stack  # loads Ray, which the mistakes found above need not wait for
 
     stack = Stack(settings, say_nothing if as_json else say)
     began = time.monotonic()

@@ -47,7 +47,8 @@ class Running:
 
     def workers(self) -> list[admin_pb2.Worker]:
         with grpc.insecure_channel(self.ready["admin"]) as channel:
-            return list(admin_pb2_grpc.AdminStub(channel).ListWorkers(admin_pb2.ListWorkersRequest(), timeout=10).workers)
+            admin = admin_pb2_grpc.AdminStub(channel)
+            return list(admin.ListWorkers(admin_pb2.ListWorkersRequest(), timeout=10).workers)
 
     def idle_workers(self, seconds: float = 20.0) -> list[admin_pb2.Worker]:
         """The workers once none has work and every block is free or cached; fails the test if that takes too long."""
@@ -121,9 +122,7 @@ def test_greedy_text_is_the_same_alone_in_a_batch_after_a_hit_and_on_either_work
     async def batch() -> list[pando.Generation]:
         async def one(tenant: str) -> pando.Generation:
             async with pando.AsyncClient(fleet.grpc, tenant=tenant) as client:
-                return await client.generate(
-                    text=prompt, max_tokens=48, temperature=0.0, ignore_eos=True, timeout=60
-                )
+                return await client.generate(text=prompt, max_tokens=48, temperature=0.0, ignore_eos=True, timeout=60)
 
         return await asyncio.gather(*(one(f"batch-{i}") for i in range(16)))
 
