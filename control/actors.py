@@ -93,7 +93,11 @@ class SupervisorActor:
         await self._supervisor.stop()
 
     def _launch(self, worker_id: str) -> Life:
-        return _RayLife(narrow(WorkerSettings, self._settings, worker_id=worker_id), self._options).as_life()
+        settings = narrow(WorkerSettings, self._settings, worker_id=worker_id)
+        if settings.worker_metrics_port:  # workers may share a host: each has a port of its own
+            number = int(worker_id.rpartition("-")[2])
+            settings = narrow(WorkerSettings, settings, worker_metrics_port=settings.worker_metrics_port + number)
+        return _RayLife(settings, self._options).as_life()
 
 
 class _RayLife:

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from control.actors import SupervisorActor
 from control.children import Sweeper, source_path
@@ -83,8 +84,17 @@ class Cluster:
                     f"{count} workers need {count} GPUs and there are {gpus}: fewer --workers or --device cpu"
                 )
             return options | {"num_gpus": 1, "num_cpus": 0}
+        if not self.local:
+            return options | {"num_cpus": 1}
         share = total.get("CPU", 1.0) / (count + 1)
         return options | {"num_cpus": max(0.01, min(1.0, int(share * 100) / 100))}
+
+    def supervisor_options(self, worker_options: dict[str, Any]) -> dict[str, Any]:
+        """The supervisor takes no CPU that a worker needs; in a joined Ray it stays on the node of its command."""
+        if self.local:
+            return {"num_cpus": worker_options.get("num_cpus", 0)}
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return {"num_cpus": 0, "scheduling_strategy": here}
 
     def share_host(self, settings: WorkerSettings, count: int) -> WorkerSettings:
         """Settings of workers that share hosts without GPUs: each takes its part of the cores and of the memory."""
@@ -113,6 +123,7 @@ class Cluster:
             log_to_driver=False,
             logging_level=logging.ERROR,
             _temp_dir=str(self._folder),
+            _node_ip_address="127.0.0.1",
         )
 
     def _start_joined(self) -> Any:
@@ -152,7 +163,10 @@ class Crew:
             self._supervisor = (
                 ray.remote(SupervisorActor)
                 .options(
-                    name="supervisor", namespace=settings.cluster, num_cpus=options.get("num_cpus", 0), max_restarts=0
+                    name="supervisor",
+                    namespace=settings.cluster,
+                    max_restarts=0,
+                    **self._cluster.supervisor_options(options),
                 )
                 .remote(settings, self._count, options, self._patience)
             )

@@ -43,6 +43,8 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     max_sequences: int = 0
     max_waiting: int = 0
     max_batch_tokens: int = 0
+    reuse: bool = True
+    """False for a worker that keeps no prefix: nothing it computes may be credited to a later request."""
     life: str = ""
     """Random, set by the keeper: tells two lives apart even where Redis lost the epoch counter and gave one twice."""
 

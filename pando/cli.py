@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: _Command, arguments: Sequence[str]) -> int:
     module = importlib.import_module(command.module)
-    parser = Parser(prog=f"pando {command.name}", description=command.help.capitalize() + ".")
+    parser = Parser(prog=f"pando {command.name}", description=command.help[0].upper() + command.help[1:] + ".")
     getattr(module, f"add_{command.name}")(parser)
     given = parser.parse_args(arguments)
     try:

@@ -20,12 +20,19 @@ S = TypeVar("S")
 USAGE_EXIT = 2
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults that say something: not those of flags without a value."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default not in (None, False, "") else action.help
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, whose options are never abbreviated and whose help shows defaults."""
 
     def __init__(self, **keywords: Any) -> None:
         keywords.setdefault("allow_abbrev", False)
-        keywords.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        keywords.setdefault("formatter_class", _Formatter)
         super().__init__(**keywords)
 
     def error(self, message: str) -> NoReturn:

@@ -142,8 +142,7 @@ class Fleet:
         candidates = []
         for worker, member in self._members.items():
             cached = found.get(worker)
-            publishes = cached is not None or self._index.num_blocks(worker) > 0
-            candidates.append(member.candidate(ask, cached.device_blocks if cached else 0, publishes, now))
+            candidates.append(member.candidate(ask, cached.device_blocks if cached else 0, now))
         placement = place(ask.prompt, candidates, self._policy, self._turn)
         if placement.worker is None:
             return placement

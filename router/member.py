@@ -110,7 +110,6 @@ class Member:
         # Blocks that requests in flight, or a moment ago, compute or hold, each with how many of them do.
         self._computing: dict[BlockKey, int] = {}
         self._finished: deque[tuple[float, Sequence[BlockKey]]] = deque()
-        self._first_finished_at: float | None = None
         # Own requests placed since the worker's load number `_counted_load`, which cannot count them yet.
         self._counted_load = 0
         self._new_tokens = 0
@@ -154,14 +153,14 @@ class Member:
         new = self._new_requests if self._counted_load == self.link.num_loads else 0
         return max(self.num_open, load.running + load.waiting + new)
 
-    def candidate(self, ask: Ask, device_blocks: int, publishes: bool, now: float) -> Candidate:
-        """This worker for one decision; `device_blocks` of the prompt are in the index, `publishes` if any are."""
+    def candidate(self, ask: Ask, device_blocks: int, now: float) -> Candidate:
+        """This worker for one decision; `device_blocks` of the prompt are in the index."""
         self._expire(now)
         prompt, lease, load = ask.prompt, self.lease, self.load
         in_flight = self.in_flight(load)
         most = (prompt.num_tokens - 1) // lease.block_size
         depth = min(device_blocks, most)
-        if depth < most and self._computing and (publishes or self._may_publish(now)):
+        if depth < most and self._computing and lease.reuse:
             depth = self._computed_depth(ask.keys, depth, most)
         return Candidate(
             worker=WorkerId(lease.worker_id),
@@ -202,12 +201,6 @@ class Member:
             return
         self._service_s += (seconds - self._service_s) * (SERVICE_WEIGHT if self._service_s else 1.0)
         self._finished.append((now + EVENT_LAG_S, reservation.keys))
-        if self._first_finished_at is None and reservation.keys:
-            self._first_finished_at = now
-
-    def _may_publish(self, now: float) -> bool:
-        """False for a worker that has finished prompts and told of no block: it keeps none."""
-        return self._first_finished_at is None or now < self._first_finished_at + EVENT_LAG_S
 
     def _computed_depth(self, keys: Sequence[BlockKey], depth: int, most: int) -> int:
         while depth < most and keys[depth] in self._computing:

@@ -274,6 +274,7 @@ def _lease(settings: WorkerSettings, identity: WorkerIdentity, spec: ModelSpec, 
         max_sequences=settings.max_sequences,
         max_waiting=settings.max_waiting,
         max_batch_tokens=settings.max_batch_tokens,
+        reuse=settings.prefix_cache == "on",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,10 +208,11 @@ def test_a_signal_while_starting_ends_everything(after_s: float) -> None:
 def test_a_killed_up_takes_everything_with_it() -> None:
     command = start(*UP, "--workers", "1")
     try:
-        command.line()
+        folder = Path(command.line()["redis"].removeprefix("unix://")).parent
         command.process.kill()
         command.process.wait()
         until(lambda: command.left() == {})
+        shutil.rmtree(folder)
     finally:
         command.close()
 

@@ -124,10 +124,10 @@ class Stage:
         )
         return msgspec.structs.replace(lease, **changes)
 
-    def add(self, *workers: str) -> None:
+    def add(self, *workers: str, **changes: Any) -> None:
         """Workers with a lease and a live link."""
         for worker in workers:
-            self.mirror.say(self.lease(worker))
+            self.mirror.say(self.lease(worker, **changes))
             self.link(worker).come_up()
 
     def link(self, worker: str) -> SaidLink:

@@ -201,16 +201,10 @@ async def test_a_finished_prompt_is_credited_until_its_events_must_have_come(sta
     assert stage.reserve(keys).placement.predicted_cached == 0
 
 
-async def test_a_worker_that_publishes_nothing_gets_no_credit(stage: Stage, some_keys: Keys) -> None:
-    stage.add("a")
-    first = stage.reserve(some_keys("x", 6))
-    first.started()
-    first.release()
-    stage.now += 3
-    stage.reserve(some_keys("y", 6))
-    assert stage.reserve(some_keys("y", 6)).placement.predicted_cached == 0
-    stage.store("a", some_keys("z", 1))
-    assert stage.reserve(some_keys("y", 6)).placement.predicted_cached == 96
+async def test_a_worker_that_keeps_no_prefix_gets_no_credit(stage: Stage, some_keys: Keys) -> None:
+    stage.add("a", reuse=False)
+    stage.reserve(some_keys("x", 6))
+    assert stage.reserve(some_keys("x", 6)).placement.predicted_cached == 0
 
 
 async def test_a_request_that_is_not_stored_is_no_sibling(stage: Stage, some_keys: Keys) -> None:
