@@ -82,6 +82,18 @@ class KeyChain:
         self._cut = _cutter(key_bits)
         self.restart()
 
+    def copy(self) -> KeyChain:
+        """A second cursor at the same place."""
+        twin = KeyChain.__new__(KeyChain)
+        twin._spans, twin._cut = self._spans, self._cut
+        twin.index, twin._position, twin._parent = self.index, self._position, self._parent
+        return twin
+
+    @property
+    def span_end(self) -> int | None:
+        """Index of the first block behind the present region; None if there is no other region."""
+        return self._spans[self._position].end
+
     def restart(self) -> None:
         """Go back to the first block."""
         self.index = 0

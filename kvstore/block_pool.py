@@ -1,7 +1,7 @@
-"""The fixed pool of KV blocks of one tier: reference counts, sealed content by key, free blocks in eviction order.
+"""The fixed pool of KV blocks of one tier: references, sealed content, eviction and charges.
 
-Knows nothing of tensors or sequences. Invariant: what is sealed is closed under parents, and a block is found only by
-its own scope, parent and token ids, whatever its key says.
+Knows nothing of tensors or sequences. Invariant: a block is found only by its own scope, parent content and token ids,
+whatever its key says, and on a device what is sealed is closed under parents.
 
     free (no content) --allocate--> referenced --seal--> referenced and sealed
           ^                             |  ^                    |   ^
@@ -13,42 +13,74 @@ its own scope, parent and token ids, whatever its key says.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count as counting
 
-from kvstore.block import NO_BLOCK, BlockId, BlockKey, BrokenInvariant
-from kvstore.block_key import KEY_BITS
-from kvstore.events import BlocksRemoved, BlocksStored, Cleared, Event
-from kvstore.free_queue import FreeQueue
+from kvstore import audit
+from kvstore.block import NO_BLOCK, NO_CONTENT, BlockId, BlockKey, BrokenInvariant, Purged
+from kvstore.block_key import KEY_BITS, TOKEN_BYTES
+from kvstore.changes import Changes
+from kvstore.contents import Content, Contents
+from kvstore.events import DEVICE, Event
+from kvstore.eviction import SLRU, EvictionOrder
+from kvstore.flights import Flights
+from kvstore.quota import Ledger, Owner, Quota
 from kvstore.scope import ScopeRoot
 
 
 class BlockPool:
     """`num_blocks` blocks of `block_size` token positions each. For one thread.
 
-    `reuse=False` seals nothing and finds nothing. `key_bits` below 128 is for tests: it makes keys collide.
+    `reuse=False` seals nothing and finds nothing. `policy`: see `EvictionOrder`. `wipe=True` collects every block that
+    becomes free, for the owner of the memory to overwrite. `numbers` is shared by the tiers of a worker. `key_bits`
+    below 128 is for tests: it makes keys collide.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, key_bits: int = KEY_BITS, reuse: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        key_bits: int = KEY_BITS,
+        reuse: bool = True,
+        policy: str = SLRU,
+        tier: int = DEVICE,
+        wipe: bool = False,
+        numbers: Iterator[int] | None = None,
+    ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError("a pool needs at least one block of at least one position")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.key_bits = key_bits
         self.reuse = reuse
-        self.key_collisions = 0
+        self.tier = tier
         self.evictions = 0
-        self._queue = FreeQueue(num_blocks)
+        self.numbers = numbers if numbers is not None else counting(1)
+        self.contents = Contents(num_blocks, self.numbers)
+        """What sealed blocks hold; to be read by others, changed here only."""
+        self.flights = Flights()
+        self.num_holders = 0
+        """Sequences that hold blocks."""
+        self.is_only_tier = True
+        self.on_forget: Callable[[BlockKey, int], None] | None = None
+        """Told of each content, by key and number, that was here and is no more."""
+        self.known_elsewhere: Callable[[Content], int] | None = None
+        """Gives the number under which another tier holds a content, NO_CONTENT if none does."""
+        self._free = list(range(num_blocks - 1, -1, -1))
         self._references = array("i", bytes(4 * num_blocks))
         self._generations = array("Q", bytes(8 * num_blocks))
-        self._sealed_by_key: dict[BlockKey, BlockId] = {}
-        self._keys: list[BlockKey | None] = [None] * num_blocks
-        self._tokens: list[bytes] = [b""] * num_blocks
-        self._roots: list[ScopeRoot | None] = [None] * num_blocks
-        self._parents = array("i", bytes(4 * num_blocks))
-        self._parent_generations = array("Q", bytes(8 * num_blocks))
+        self._owners: list[Owner | None] = [None] * num_blocks
+        self._ledger = Ledger(num_blocks)
+        self._order = EvictionOrder(policy, self.contents, self._references, self._owners)
+        self._over: dict[Owner, None] = {}
         self._num_unreferenced = num_blocks
         self._num_cached = 0
-        self._changes = _Changes()
+        self._changes = Changes(tier)
+        self._wipes: list[BlockId] | None = [] if wipe else None
+
+    # Counts
 
     @property
     def num_free(self) -> int:
@@ -62,31 +94,53 @@ class BlockPool:
 
     @property
     def num_available(self) -> int:
-        """Blocks that `allocate` can give: free and cached ones."""
+        """Blocks that `allocate` can give to a lone holder: free and cached ones."""
         return self._num_unreferenced
 
     @property
     def num_referenced(self) -> int:
         """Blocks that somebody holds."""
-        return self.num_blocks - self._num_unreferenced
+        return self._ledger.num_held
 
     @property
     def num_sealed(self) -> int:
         """Blocks that can be found by their content, held or not."""
-        return len(self._sealed_by_key)
+        return len(self.contents.by_key)
 
-    def allocate(self, count: int) -> list[BlockId] | None:
-        """`count` empty blocks with one reference each, evicting in order; None and no change if there are too few."""
+    @property
+    def key_collisions(self) -> int:
+        """Looks that met another content under their key."""
+        return self.contents.collisions
+
+    # Blocks
+
+    def allocate(self, count: int, root: ScopeRoot | None = None, *, alone: bool = False) -> list[BlockId] | None:
+        """`count` empty blocks with one reference each, charged to the owner of `root`; None and no change if the pool
+        or the floors of others do not allow it. `alone`: nobody else holds blocks, so floors need not be kept free.
+        """
         if count > self._num_unreferenced:
             return None
-        references, generations, keys = self._references, self._generations, self._keys
-        blocks = self._queue.pop_front(count)
+        owner = self._ledger.owner(root)
+        if self._ledger.unmet and not alone and not self._ledger.leaves_floors({owner: count}):
+            self._ledger.forget_if_empty(owner)
+            return None
+        owner.charge += count
+        if owner.quota is not None:
+            self._recharged(owner)
+            self._trim()
+        free, references, generations, owners = self._free, self._references, self._generations, self._owners
+        for _ in range(count - len(free)):
+            self._evict(self._order.take())
+        blocks = free[: -count - 1 : -1]
+        del free[len(free) - count :]
         for block in blocks:
-            if keys[block] is not None:
-                self._evict(BlockId(block))
             references[block] = 1
             generations[block] += 1
-        self._num_unreferenced -= len(blocks)
+            owners[block] = owner
+        self._num_unreferenced -= count
+        self._ledger.hold(owner, count)
+        if not count:
+            self._ledger.forget_if_empty(owner)
         return blocks  # type: ignore[return-value]
 
     def find(self, key: BlockKey, root: ScopeRoot, parent: BlockId, tokens: bytes) -> BlockId | None:
@@ -95,26 +149,34 @@ class BlockPool:
         `parent` is NO_BLOCK or a block found or sealed just before. A block that has the key and differs in anything
         else is a miss and counts as a key collision.
         """
-        block = self._sealed_by_key.get(key)
-        if block is None:
-            return None
-        if self._holds(block, root, parent, tokens):
-            return block
-        self.key_collisions += 1
-        return None
+        return self.contents.find(key, root, self.number(parent), tokens)
 
-    def acquire(self, blocks: Sequence[BlockId]) -> None:
-        """One more reference on each of these blocks, which are held or sealed."""
-        references, keys = self._references, self._keys
+    def may_acquire(self, blocks: Sequence[BlockId]) -> bool:
+        """Whether holding these would leave others the room of their floors."""
+        if not self._ledger.unmet:
+            return True
+        wanted = Counter(owner for block in blocks if not self._references[block] and (owner := self._owners[block]))
+        return self._ledger.leaves_floors(wanted)
+
+    def acquire(self, blocks: Sequence[BlockId], *, hit: bool = False) -> None:
+        """One more reference on each of these blocks, which are held or sealed; `hit`: because they were looked for."""
+        references, keys = self._references, self.contents.keys
         for block in blocks:
             if not 0 <= block < self.num_blocks or (references[block] == 0 and keys[block] is None):
                 raise BrokenInvariant(f"block {block} is free and cannot be acquired")
         for block in blocks:
             if references[block] == 0:
-                self._queue.remove(block)
+                self._order.remove(block)
                 self._num_unreferenced -= 1
                 self._num_cached -= 1
+                self._ledger.hold(self._owner(block), 1)
             references[block] += 1
+            if hit and keys[block] is not None:
+                self._order.hit(block)
+
+    def is_writable(self, block: BlockId) -> bool:
+        """Whether its one holder may write to it."""
+        return self._references[block] == 1 and self.contents.keys[block] is None
 
     def seal(self, block: BlockId, key: BlockKey, root: ScopeRoot, parent: BlockId, tokens: bytes) -> BlockId | None:
         """Make a full block findable, and return the block that now stands for this content.
@@ -122,25 +184,35 @@ class BlockPool:
         That is `block` itself, or another one that was sealed with the same scope, parent and tokens before; then
         `block` stays private to its holder. None on a key collision: the resident block keeps the key.
         """
-        self._check_sealable(block, parent, tokens)
-        resident = self.find(key, root, parent, tokens)
+        if parent != NO_BLOCK and self.contents.keys[parent] is None:
+            raise BrokenInvariant(f"block {block} cannot be sealed: its parent is not")
+        return self.seal_as(block, Content(key, root, self.number(parent), tokens))
+
+    def seal_as(self, block: BlockId, content: Content, number: int = NO_CONTENT) -> BlockId | None:
+        """As `seal`, by the parent's content number: it may be in another tier. `number` is the content's own."""
+        contents = self.contents
+        if self._references[block] != 1 or contents.keys[block] is not None:
+            raise BrokenInvariant(f"block {block} cannot be sealed: it is free, shared or sealed")
+        if len(content.tokens) != TOKEN_BYTES * self.block_size:
+            raise BrokenInvariant(f"block {block} cannot be sealed: it is not full")
+        resident = contents.find(*content)
         if resident is not None:
             return resident
-        if not self.reuse or key in self._sealed_by_key:
+        if not self.reuse or content.key in contents.by_key:
             return None
-        self._sealed_by_key[key] = block
-        self._keys[block] = key
-        self._tokens[block] = tokens
-        self._roots[block] = root
-        self._parents[block] = parent
-        self._parent_generations[block] = 0 if parent == NO_BLOCK else self._generations[parent]
-        self._changes.stored(key)
+        if not number and self.known_elsewhere is not None:
+            number = self.known_elsewhere(content)
+        self._charge_to(block, self._ledger.owner(content.root))
+        contents.record(block, content, number)
+        self._order.sealed(block)
+        self._changes.stored(content.key)
+        self._trim()
         return block
 
     def release(self, blocks: Sequence[BlockId]) -> None:
         """Give back one reference on each; blocks that nobody holds any more are evicted in the order given.
 
-        Children come before their parents. A block that is not held is an error, and then nothing changes.
+        A block that is not held is an error, and then nothing changes.
         """
         references = self._references
         unheld: list[BlockId] = []
@@ -152,23 +224,116 @@ class BlockPool:
             references[block] -= 1
             if references[block] == 0:
                 unheld.append(block)
-        queue, keys = self._queue, self._keys
+        keys, owners, hold, add = self.contents.keys, self._owners, self._ledger.hold, self._order.add
         for block in unheld:
+            hold(owners[block], -1)  # type: ignore[arg-type]
             if keys[block] is None:
-                queue.push_front(block)
+                self._discharge(block)
             else:
                 self._num_cached += 1
-                queue.push_back(block)
+                add(block)
         self._num_unreferenced += len(unheld)
+        self._trim()
+
+    # Forgetting
 
     def clear(self) -> None:
         """Forget the content of every block that nobody holds."""
-        for block in list(self._queue):
-            if self._keys[block] is not None:
-                self._evict(BlockId(block))
-                self._generations[block] += 1
-        if not self._sealed_by_key:
+        while self._num_cached:
+            self._evict(self._order.take())
+        if not self.contents.by_key and self.is_only_tier:
             self._changes.cleared()
+
+    def drop(self, blocks: Sequence[int]) -> Purged:
+        """Forget these sealed blocks and all below them; those in use stay with their holders, found by nobody."""
+        freed = held = 0
+        for block in reversed(self.contents.below(list(blocks))):
+            self._order.erase(block)
+            if self._references[block]:
+                self._forget(block)
+                held += 1
+            else:
+                self._evict(block)
+                freed += 1
+        return Purged(freed, held)
+
+    def purge(self, root: ScopeRoot) -> Purged:
+        """Forget every sealed block that the owner of `root` is charged for, and what hangs below."""
+        owner = self._ledger.owner(root)
+        sealed = [block for block in self.contents.by_key.values() if self._owners[block] is owner]
+        self._ledger.forget_if_empty(owner)
+        return self.drop(sealed)
+
+    def begin_transfer(self, block: BlockId) -> None:
+        """A sealed block is being read by a copy: it is evicted only if nothing else is left."""
+        self._order.begin_transfer(block)
+
+    def end_transfer(self, block: BlockId) -> None:
+        """The copy has ended, one way or the other."""
+        self._order.end_transfer(block)
+        self._trim()
+
+    def upcoming(self, count: int) -> list[BlockId]:
+        """Cached blocks that are evicted next, at most `count`."""
+        return self._order.upcoming(count)  # type: ignore[return-value]
+
+    # Charges
+
+    def set_quota(self, root: ScopeRoot, quota: Quota | None) -> None:
+        """Set or drop the quota of the owner of `root`; ValueError if the floors no longer fit the pool. A scan."""
+        owner = self._ledger.set_quota(root, quota)
+        self._order.enlist(owner)
+        self._recharged(owner)
+        self._trim()
+
+    def set_publisher(self, root: ScopeRoot, publisher: ScopeRoot) -> None:
+        """Charge what is sealed in the scope `root` from now on to `publisher`."""
+        self._ledger.set_publisher(root, publisher)
+
+    def account(self, root: ScopeRoot) -> Owner:
+        """The account that pays for the scope `root`: to be read."""
+        return self._ledger.owner(root)
+
+    def _charge_to(self, block: BlockId, owner: Owner) -> None:
+        """Move a held block to another account."""
+        before = self._owner(block)
+        if before is owner:
+            return
+        for account, change in ((before, -1), (owner, 1)):
+            account.charge += change
+            self._ledger.hold(account, change)
+            self._recharged(account)
+        self._owners[block] = owner
+        self._ledger.forget_if_empty(before)
+
+    def _recharged(self, owner: Owner) -> None:
+        """The owner's charge or quota has changed."""
+        if owner.sheltered:
+            self._order.refresh(owner)
+        if owner.excess:
+            self._over[owner] = None
+
+    def _trim(self) -> None:
+        """Take from owners over their ceiling what they do not use."""
+        for owner in list(self._over):
+            while owner.excess:
+                block = self._order.take_of(owner)
+                if block is None:
+                    break
+                self._evict(block)
+            else:
+                del self._over[owner]
+
+    def _owner(self, block: int) -> Owner:
+        owner = self._owners[block]
+        assert owner is not None
+        return owner
+
+    # Content
+
+    def number(self, block: BlockId) -> int:
+        """The number of a sealed block's content; NO_CONTENT for NO_BLOCK and blocks that are not sealed."""
+        return NO_CONTENT if block == NO_BLOCK else self.contents.numbers[block]
 
     def generation(self, block: BlockId) -> int:
         """Grows each time the block gets a new holder of its own or loses its content."""
@@ -180,113 +345,56 @@ class BlockPool:
 
     def is_sealed(self, block: BlockId) -> bool:
         """Whether the block is found by its content."""
-        return self._keys[block] is not None
+        return self.contents.keys[block] is not None
 
     def sealed_keys(self) -> list[BlockKey]:
         """The keys of all sealed blocks."""
-        return list(self._sealed_by_key)
+        return list(self.contents.by_key)
 
     def take_events(self) -> list[Event]:
         """The net change of the sealed set since the last call: at most one event of each kind."""
         return self._changes.take()
 
-    def _evict(self, block: BlockId) -> None:
-        """Forget the content of a cached block that stands in the queue or was just taken from it."""
-        key = self._keys[block]
-        assert key is not None
-        del self._sealed_by_key[key]
-        self._keys[block] = None
-        self._tokens[block] = b""
-        self._roots[block] = None
+    def take_wipes(self) -> list[BlockId]:
+        """Blocks that became free since the last call and were not wiped since; some may be in use again."""
+        wipes = self._wipes or []
+        if self._wipes is not None:
+            self._wipes = []
+        return wipes
+
+    def _evict(self, block: int) -> None:
+        """Free a cached block that was just taken out of the order."""
+        self._forget(block)
         self._num_cached -= 1
         self.evictions += 1
+        self._discharge(block)
+
+    def _forget(self, block: int) -> None:
+        """A sealed block's content can no longer be found."""
+        contents = self.contents
+        number, parent = contents.numbers[block], contents.parents[block]
+        key = contents.erase(BlockId(block))
+        self._generations[block] += 1
         self._changes.removed(key)
+        self._order.forgotten(block, parent)
+        if self.on_forget is not None:
+            self.on_forget(key, number)
 
-    def _holds(self, block: BlockId, root: ScopeRoot, parent: BlockId, tokens: bytes) -> bool:
-        return (
-            self._tokens[block] == tokens
-            and self._roots[block] == root
-            and self._parents[block] == parent
-            and (parent == NO_BLOCK or self._parent_generations[block] == self._generations[parent])
-        )
-
-    def _check_sealable(self, block: BlockId, parent: BlockId, tokens: bytes) -> None:
-        if self._references[block] != 1 or self._keys[block] is not None:
-            raise BrokenInvariant(f"block {block} cannot be sealed: it is free, shared or sealed")
-        if parent != NO_BLOCK and self._keys[parent] is None:
-            raise BrokenInvariant(f"block {block} cannot be sealed: its parent is not")
-        if len(tokens) != 4 * self.block_size:
-            raise BrokenInvariant(f"block {block} cannot be sealed: it is not full")
+    def _discharge(self, block: int) -> None:
+        """A block becomes free."""
+        owner = self._owner(block)
+        owner.charge -= 1
+        if owner.quota is not None:
+            self._recharged(owner)
+        elif not owner.charge:
+            self._ledger.forget_if_empty(owner)
+        self._owners[block] = None
+        self._free.append(block)
+        if self._wipes is not None:
+            self._wipes.append(BlockId(block))
 
     def check(self, *, deep: bool = False) -> None:
         """Raise BrokenInvariant if the pool contradicts itself. The short form costs a scan of the counts in C."""
-        held = self.num_blocks - self._references.count(0)
-        if held != self.num_referenced:
-            raise BrokenInvariant("the count of referenced blocks is wrong")
-        if not 0 <= self._num_cached <= min(self._num_unreferenced, len(self._sealed_by_key)):
-            raise BrokenInvariant("the count of cached blocks is wrong")
+        audit.check_counts(self)
         if deep:
-            self._check_queue()
-            self._check_sealed()
-
-    def _check_queue(self) -> None:
-        queued = list(self._queue)
-        if len(queued) != self._num_unreferenced or len(set(queued)) != len(queued):
-            raise BrokenInvariant("the free queue has lost or doubled a block")
-        if any(self._references[block] for block in queued):
-            raise BrokenInvariant("a held block stands in the free queue")
-        if sum(self._keys[block] is not None for block in queued) != self._num_cached:
-            raise BrokenInvariant("the count of cached blocks is wrong")
-
-    def _check_sealed(self) -> None:
-        sealed = sum(key is not None for key in self._keys)
-        if sealed != len(self._sealed_by_key):
-            raise BrokenInvariant("the key map has lost a block")
-        for key, block in self._sealed_by_key.items():
-            parent = BlockId(self._parents[block])
-            if self._keys[block] != key:
-                raise BrokenInvariant("the key map names the wrong block")
-            if parent == NO_BLOCK:
-                continue
-            if self._keys[parent] is None or self._generations[parent] != self._parent_generations[block]:
-                raise BrokenInvariant("a sealed block outlived its parent")
-
-
-class _Changes:
-    """The net change of a set of keys; as large as the set at most, however rarely it is taken."""
-
-    __slots__ = ("_cleared", "_removed", "_stored")
-
-    def __init__(self) -> None:
-        self._cleared = False
-        self._removed: dict[bytes, None] = {}
-        self._stored: dict[bytes, None] = {}
-
-    def stored(self, key: bytes) -> None:
-        if key in self._removed:
-            del self._removed[key]
-        else:
-            self._stored[key] = None
-
-    def removed(self, key: bytes) -> None:
-        if key in self._stored:
-            del self._stored[key]
-        else:
-            self._removed[key] = None
-
-    def cleared(self) -> None:
-        self._cleared = True
-        self._removed.clear()
-        self._stored.clear()
-
-    def take(self) -> list[Event]:
-        events: list[Event] = []
-        if self._cleared:
-            events.append(Cleared())
-        if self._removed:
-            events.append(BlocksRemoved(list(self._removed)))
-        if self._stored:
-            events.append(BlocksStored(list(self._stored)))
-        self._cleared = False
-        self._removed, self._stored = {}, {}
-        return events
+            audit.check_blocks(self)

@@ -89,13 +89,14 @@ def test_a_hit_needs_scope_parent_and_tokens(root: ScopeRoot, parent_is: str, to
     assert pool.find(key(1), ROOT, parent, block_tokens(1)) == child
 
 
-def test_a_hit_needs_the_parents_generation() -> None:
+def test_a_hit_needs_the_parents_content() -> None:
     """A child that says block 0, and means an earlier content of block 0, is no hit."""
     pool = BlockPool(4, 4)
     parent, child = sealed_chain(pool, 2)
-    pool._generations[parent] += 1
+    number = pool.contents.numbers[parent]
+    pool.contents.numbers[parent] = 99
     assert pool.find(key(1), ROOT, parent, block_tokens(1)) is None
-    pool._generations[parent] -= 1
+    pool.contents.numbers[parent] = number
     assert pool.find(key(1), ROOT, parent, block_tokens(1)) == child
 
 
@@ -221,11 +222,20 @@ def test_without_reuse_nothing_is_kept() -> None:
     ("damage", "says"),
     [
         (lambda pool: pool._references.__setitem__(0, 5), "referenced"),
-        (lambda pool: setattr(pool, "_num_cached", 3), "cached"),
-        (lambda pool: pool._queue.push_back(0), "queue"),
-        (lambda pool: pool._sealed_by_key.__setitem__(key(0), 1), "key map"),
-        (lambda pool: pool._keys.__setitem__(0, None), "key map"),
-        (lambda pool: pool._generations.__setitem__(0, 99), "parent"),
+        (lambda pool: setattr(pool, "_num_cached", 5), "cached"),
+        (lambda pool: pool._free.append(0), "queue"),
+        (lambda pool: pool._free.__setitem__(0, 0), "queue"),
+        (lambda pool: pool._free.__setitem__(0, pool._free[1]), "queue"),
+        (lambda pool: pool.contents.by_key.__setitem__(key(0), 1), "key map"),
+        (lambda pool: pool.contents.keys.__setitem__(0, None), "key map"),
+        (lambda pool: pool.contents.numbers.__setitem__(0, 99), "parent"),
+        (lambda pool: pool.contents.numbers.__setitem__(0, pool.contents.numbers[1]), "number"),
+        (lambda pool: pool.contents.children.remove(0, 0), "below"),
+        (lambda pool: pool._order.erase(2), "order"),
+        (lambda pool: setattr(pool._order, "_num_protected", 1), "protected"),
+        (lambda pool: setattr(pool._owner(0), "charge", 2), "sum"),
+        (lambda pool: setattr(pool._owner(0), "held", 1), "owner"),
+        (lambda pool: setattr(pool._ledger, "unmet", 1), "floors"),
     ],
 )
 def test_check_sees_damage(damage: Callable[[BlockPool], None], says: str) -> None:

@@ -1,4 +1,4 @@
-"""Block tables: reuse inside a scope, none outside, and everything given back."""
+"""Block tables: reuse inside a scope, none outside, and everything given back. Copies have a file of their own."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ def test_full_blocks_are_reused_and_one_token_is_left() -> None:
     second, cached = run(pool, OWN_A, prompt(18))
     assert cached == 16 and second.block_ids[:4] == first.block_ids[:4] and second.block_ids[4] != first.block_ids[4]
     third, cached = run(pool, OWN_A, prompt(16))
-    assert cached == 12  # block 4 would leave nothing to compute
+    assert cached == 15  # the fourth block is copied, and its last token is left to compute
+    assert third.take_copies() == [(first.block_ids[3], third.block_ids[3], 3)]
     for table in (first, second, third):
         table.release()
     assert pool.num_referenced == 0 and pool.num_cached == 4
     pool.check(deep=True)
 
 
-@pytest.mark.parametrize(("limit", "cached"), [(0, 0), (3, 0), (4, 4), (7, 4), (8, 8), (100, 8)])
+@pytest.mark.parametrize(("limit", "cached"), [(0, 0), (3, 3), (4, 4), (7, 7), (8, 8), (100, 8)])
 def test_limit(limit: int, cached: int) -> None:
     pool = BlockPool(32, SIZE)
     run(pool, OWN_A, prompt(10))[0].release()
