@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +27,14 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """Copy all positions of block `source` to block `target` before the step."""
+    """Copy at least the first `num_tokens` positions of block `source` to block `target` before the step.
+
+    Nobody reads what was behind them: a runner may as well copy the whole block.
+    """
 
     source: int
     target: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,8 @@ class ScheduledSequence:
     """One sequence's share of a step: compute `token_ids` at positions [start, start + len(token_ids)).
 
     `block_ids` is the sequence's block table; block i holds positions [i * block_size, (i + 1) * block_size) and the
-    table covers every position up to the last one computed. All positions before `start` are already in the cache.
+    table covers every position up to the last one computed. All positions before `start` are already in the cache,
+    but for blocks that left a sliding window: their id is -1, and no query of the step may see them.
     `sampling` is None while the chunk ends before the sequence's last token; else one token is sampled after it, at
     absolute position `start + len(token_ids)`, and none of `banned_token_ids` is drawn.
     """
@@ -52,7 +58,7 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step: block copies first, then all sequences together."""
+    """One step: block copies first, in order, then all sequences together."""
 
     sequences: tuple[ScheduledSequence, ...]
     copies: tuple[BlockCopy, ...] = ()
@@ -61,3 +67,36 @@ class Batch:
     def num_tokens(self) -> int:
         """Tokens this step computes."""
         return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+
+class Direction(Enum):
+    """DEMOTE: device to CPU; PROMOTE: CPU to device."""
+
+    DEMOTE = auto()
+    PROMOTE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Copy all of block `source` of one tier to block `target` of the other, beside the steps.
+
+    `number` names the transfer and is never used again. The source of a DEMOTE may be overwritten by a later step while
+    it is read: then its end comes too late for anybody. Nothing else writes to either block before the end is told.
+    """
+
+    number: int
+    direction: Direction
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransferEnd:
+    """A transfer that ended. Not `ok`: nothing was copied, or the payload is not the one that was demoted.
+
+    `seconds` is what this block took of the link between the tiers, for the choice to load or to compute.
+    """
+
+    number: int
+    ok: bool
+    seconds: float

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from worker.batch import Batch
+from worker.batch import Batch, Transfer, TransferEnd
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +23,29 @@ class ModelSpec:
     block_size: int
 
 
+class BlockMover(Protocol):
+    """KV blocks in CPU memory, and the copies to and from them beside the steps. For the runner's thread; never waits."""
+
+    num_blocks: int
+
+    def wipe(self, block_ids: Sequence[int]) -> None:
+        """Overwrite these CPU blocks, which hold nothing any more; called before transfers that use them again."""
+        ...
+
+    def start(self, transfers: Sequence[Transfer]) -> None:
+        """Begin these copies: a DEMOTE reads what the steps executed so far have written."""
+        ...
+
+    def take_ended(self) -> list[TransferEnd]:
+        """Transfers that ended since the last call; the payload of a PROMOTE is there for the next step."""
+        ...
+
+
 class Runner(Protocol):
     """Executes batches one after the other, from one thread."""
 
     spec: ModelSpec
+    mover: BlockMover | None
 
     def execute(self, batch: Batch) -> list[int]:
         """Run the step; one token id for each sequence that has `sampling`, in batch order."""

@@ -1,7 +1,8 @@
 """Decides what one step computes: which sequences, how many tokens of each, in whose blocks.
 
 Knows no runner, thread or wire; time comes in as an argument. Running sequences are served in one fixed order, and
-only a later one is ever preempted for an earlier one, so the first always gets on.
+only a later one is ever preempted for an earlier one, so the first always gets on. Who waits for another sequence's
+blocks holds none and keeps nobody behind it from running.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from kvstore.block_pool import BlockPool
 from kvstore.block_table import BlockTable
-from worker.batch import Batch, ScheduledSequence
+from worker.batch import Batch, BlockCopy, ScheduledSequence
 from worker.sequence import AdmissionFacts, Finish, Sequence, SequenceOutput, SequenceRequest, State
 
 
@@ -110,20 +111,17 @@ class Scheduler:
         """
         self._expire(now)
         preempted = self.num_preemptions
-        shares: list[ScheduledSequence] = []
-        budget = self._limits.max_batch_tokens
-        for sequence in self._runnable():
-            shares.append(_share(sequence, budget))
-            budget -= len(shares[-1].token_ids)
-            if not budget:
-                break
-        while budget and self.num_preemptions == preempted:
-            admitted = self._admit_next(now)
-            if admitted is None:
-                break
-            shares.append(_share(admitted, budget))
-            budget -= len(shares[-1].token_ids)
-        return Batch(tuple(shares)) if shares else None
+        step = _Step(self._limits.max_batch_tokens)
+        index = 0
+        while step.budget and index < len(self._running) and self._grow(self._running[index], step):
+            step.add(self._running[index])
+            index += 1
+        if step.budget and self.num_preemptions == preempted:
+            for sequence in self._admissions(now):
+                step.add(sequence)
+                if not step.budget:
+                    break
+        return step.batch()
 
     def complete(self, batch: Batch, token_ids: list[int]) -> None:
         """Take over a step that ran: computed tokens, full blocks, one sampled token for each share that has one."""
@@ -131,7 +129,9 @@ class Scheduler:
         for share in batch.sequences:
             sequence = self._sequences[share.sequence_id]
             sequence.num_computed_tokens += len(share.token_ids)
-            _table(sequence).seal(sequence.token_ids, sequence.num_computed_tokens)
+            table = _table(sequence)
+            table.copies_done()
+            table.seal(sequence.token_ids, sequence.num_computed_tokens)
             if share.sampling is not None:
                 self._emit(sequence, sequence.append(next(sampled)))
 
@@ -162,18 +162,13 @@ class Scheduler:
 
     # Running
 
-    def _runnable(self) -> Iterator[Sequence]:
-        """Running sequences in order, each with blocks for all its tokens; the last ones give theirs up if need be."""
-        index = 0
-        while index < len(self._running):
-            sequence = self._running[index]
-            if not self._reserve(sequence):
-                return
-            yield sequence
-            index += 1
+    def _grow(self, sequence: Sequence, step: _Step) -> bool:
+        """Blocks for all its tokens, and those of its share its own to write; the last ones give theirs up if need be.
 
-    def _reserve(self, sequence: Sequence) -> bool:
-        while not _table(sequence).reserve(len(sequence.token_ids)):
+        False: it had to give up its own.
+        """
+        table, end = _table(sequence), step.end_of(sequence)
+        while not (table.reserve(len(sequence.token_ids)) and table.prepare_write(sequence.num_computed_tokens, end)):
             victim = self._running[-1]
             self._preempt(victim)
             if victim is sequence:
@@ -191,18 +186,27 @@ class Scheduler:
 
     # Waiting -> running
 
-    def _admit_next(self, now: float) -> Sequence | None:
-        """Admit the head of the queue if all its tokens get blocks, so that what is admitted can finish its prompt."""
-        if not self._waiting or len(self._running) >= self._limits.max_sequences:
-            return None
-        sequence = self._waiting[0]
-        if self._still_blocked(sequence) or not self._attach(sequence, now):
-            return None
+    def _admissions(self, now: float) -> Iterator[Sequence]:
+        """Admit from the queue, in order, what gets blocks for all its tokens, so that it can finish its prompt.
+
+        Those that wait for another sequence are passed by, and those that find they have to.
+        """
+        for sequence in self._waiting.copy():
+            if len(self._running) >= self._limits.max_sequences or self._still_blocked(sequence):
+                return
+            if sequence.wait is not None and not sequence.wait.ready:
+                continue
+            if self._attach(sequence, now):
+                self._admit(sequence)
+                yield sequence
+            elif sequence.wait is None:
+                return
+
+    def _admit(self, sequence: Sequence) -> None:
         self._blocked = None
-        self._waiting.pop(0)
+        _remove(self._waiting, sequence)
         sequence.state = State.RUNNING
         insort(self._running, sequence, key=_order)
-        return sequence
 
     def _still_blocked(self, sequence: Sequence) -> bool:
         if self._blocked is None or self._blocked[0] != sequence.id:
@@ -210,17 +214,21 @@ class Scheduler:
         return self._pool.num_available <= self._blocked[1]
 
     def _attach(self, sequence: Sequence, now: float) -> bool:
-        """Find the cached prefix and take blocks for the rest; nothing is held on False."""
+        """Find the cached prefix and take blocks for the rest. On False nothing is held: with `wait`, because another
+        sequence is at what comes next, else because there are too few blocks."""
         table = BlockTable(self._pool, sequence.request.regions, no_store=sequence.request.no_store)
         cached = table.attach_prefix(sequence.token_ids, len(sequence.token_ids) - 1)
-        if not table.reserve(len(sequence.token_ids)):
+        sequence.wait = table.pending
+        if sequence.wait is not None or not table.reserve(len(sequence.token_ids)):
             table.release()
-            self._blocked = (sequence.id, self._pool.num_available)
+            if sequence.wait is None:
+                self._blocked = (sequence.id, self._pool.num_available)
             return False
         sequence.table = table
         sequence.num_computed_tokens = cached
         if sequence.admission is None:
-            sequence.admission = AdmissionFacts(cached, table.cached_published, now - sequence.queued_at)
+            copied = int(cached % self._pool.block_size > 0)
+            sequence.admission = AdmissionFacts(cached, table.cached_published, now - sequence.queued_at, copied)
         return True
 
     # Ends
@@ -263,15 +271,37 @@ def _table(sequence: Sequence) -> BlockTable:
     return sequence.table
 
 
-def _share(sequence: Sequence, budget: int) -> ScheduledSequence:
-    start = sequence.num_computed_tokens
-    end = min(start + budget, len(sequence.token_ids))
-    last = end == len(sequence.token_ids)
-    return ScheduledSequence(
-        sequence_id=sequence.id,
-        token_ids=sequence.token_ids[start:end],
-        start=start,
-        block_ids=_table(sequence).block_ids,
-        sampling=sequence.request.sampling if last else None,
-        banned_token_ids=sequence.banned_token_ids if last else (),
-    )
+class _Step:
+    """A batch in the making: shares under a budget of tokens, and the copies that come before them."""
+
+    __slots__ = ("_copies", "_shares", "budget")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._shares: list[ScheduledSequence] = []
+        self._copies: list[BlockCopy] = []
+
+    def end_of(self, sequence: Sequence) -> int:
+        """Where the sequence's share of what is left of the budget ends."""
+        return min(sequence.num_computed_tokens + self.budget, len(sequence.token_ids))
+
+    def add(self, sequence: Sequence) -> None:
+        """Give the sequence its share."""
+        start, end = sequence.num_computed_tokens, self.end_of(sequence)
+        table, last = _table(sequence), end == len(sequence.token_ids)
+        self.budget -= end - start
+        self._copies += [BlockCopy(*order) for order in table.take_copies()]
+        self._shares.append(
+            ScheduledSequence(
+                sequence_id=sequence.id,
+                token_ids=sequence.token_ids[start:end],
+                start=start,
+                block_ids=table.block_ids,
+                sampling=sequence.request.sampling if last else None,
+                banned_token_ids=sequence.banned_token_ids if last else (),
+            )
+        )
+
+    def batch(self) -> Batch | None:
+        """The batch, if there is anything in it."""
+        return Batch(tuple(self._shares), tuple(self._copies)) if self._shares else None

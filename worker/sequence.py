@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from kvstore.block_table import BlockTable
+from kvstore.flights import Wait
 from kvstore.scope import Region
 from worker.batch import SamplingParams
 
@@ -54,11 +55,13 @@ class SequenceRequest:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionFacts:
-    """What admission found, counted once. Cached counts are positions of `token_ids`, published ones included."""
+    """What admission found, counted once. Cached counts are positions of `token_ids`, published ones included; each
+    lies in one tier."""
 
     cached_device_tokens: int
     cached_published_tokens: int
     queue_s: float
+    blocks_copied: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ class Sequence:
         "state",
         "table",
         "token_ids",
+        "wait",
     )
 
     def __init__(self, request: SequenceRequest, *, arrival: int, now: float) -> None:
@@ -99,6 +103,8 @@ class Sequence:
         self.num_prompt_tokens = request.num_prompt_tokens
         self.num_computed_tokens = 0
         self.table: BlockTable | None = None
+        self.wait: Wait | None = None
+        """While it waits: for what another sequence is about to compute or load."""
         self.admission: AdmissionFacts | None = None
         self._reported_admission = False
 

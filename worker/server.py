@@ -385,5 +385,6 @@ def _admission_message(facts: AdmissionFacts) -> pb.Admission:
     return pb.Admission(
         cached_device_tokens=facts.cached_device_tokens,
         cached_published_tokens=facts.cached_published_tokens,
+        blocks_copied=facts.blocks_copied,
         queue_ms=facts.queue_s * 1e3,
     )

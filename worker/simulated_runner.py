@@ -21,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 from pando.errors import ConfigError
 from pando.settings import WorkerSettings
 from worker.batch import Batch, ScheduledSequence
-from worker.runner import ModelSpec
+from worker.runner import BlockMover, ModelSpec
 
 DEFAULT_VOCAB_SIZE = 8192
 DEFAULT_MAX_MODEL_LEN = 8192
@@ -54,6 +54,7 @@ class SimulatedRunner:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = spec
+        self.mover: BlockMover | None = None
         self._cost = cost
         self._reserved = reserved_token_ids | set(spec.eos_token_ids)
         self._sleep = sleep
@@ -65,7 +66,8 @@ class SimulatedRunner:
         """Write each share's tokens to its slots, then read each whole sequence back for its next token."""
         done_at = self._clock() + self._cost.seconds(batch)
         for copy in batch.copies:
-            self._blocks[copy.target] = self._blocks[copy.source]
+            self._blocks[copy.target] = NEVER_WRITTEN
+            self._blocks[copy.target, : copy.num_tokens] = self._blocks[copy.source, : copy.num_tokens]
         for share in batch.sequences:
             self._write(share)
         token_ids = [self._next_token(share) for share in batch.sequences if share.sampling is not None]

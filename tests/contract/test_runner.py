@@ -153,7 +153,7 @@ def test_shared_blocks_give_what_own_blocks_give(runner: Runner) -> None:
 def test_copies_are_made_before_the_step(runner: Runner) -> None:
     tokens = prompt(24)
     whole = run(runner, share(tokens, [0, 1]))
-    batch = Batch((share(tokens[20:], [0, 70], start=20),), copies=(BlockCopy(1, 70),))
+    batch = Batch((share(tokens[20:], [0, 70], start=20),), copies=(BlockCopy(1, 70, 4),))
     assert runner.execute(batch) == whole
 
 

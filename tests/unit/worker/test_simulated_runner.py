@@ -70,7 +70,7 @@ def test_a_block_that_another_sequence_overwrote_shows(runner: SimulatedRunner) 
 
 def test_copies_come_first(runner: SimulatedRunner) -> None:
     whole = next_token(runner, TOKENS, [0, 1, 2])
-    batch = Batch((share(TOKENS[8:], [0, 9, 10], start=8),), copies=(BlockCopy(1, 9),))
+    batch = Batch((share(TOKENS[8:], [0, 9, 10], start=8),), copies=(BlockCopy(1, 9, 4),))
     assert runner.execute(batch) == [whole]
 
 

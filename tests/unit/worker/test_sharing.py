@@ -1,0 +1,173 @@
+"""What sequences share: parts of blocks by copy, a prefill that many wait for. Computed tokens are counted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvstore.scope import Region, ScopeRoot
+from worker.sequence import Finish
+
+MakeWorld = Callable[..., Any]
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, 500) for _ in range(length)]
+
+
+def alone(world: MakeWorld, tokens: list[int], max_tokens: int = 8, **how: Any) -> list[int]:
+    """What a worker with room to spare and no cache answers."""
+    answer: list[int] = world(num_blocks=1024, max_batch_tokens=512, max_model_len=4096, reuse=False).tokens(
+        tokens, max_tokens=max_tokens, **how
+    )
+    return answer
+
+
+def computed(fleet: Any) -> int:
+    return sum(batch.num_tokens for batch in fleet.batches)
+
+
+def facts(fleet: Any, sequence: int) -> Any:
+    return fleet.results[sequence].outputs[0].admission
+
+
+# Parts of blocks
+
+
+@pytest.mark.parametrize("common", range(29, 40))
+def test_reuse_is_the_longest_common_prefix(world: MakeWorld, common: int) -> None:
+    fleet = world()
+    tokens = prompt(40)
+    fleet.tokens(tokens)
+    other = tokens[:common] + [token + 1 if token < 499 else 3 for token in tokens[common:]]
+    before = computed(fleet)
+    sequence = fleet.submit(other)
+    fleet.run()
+    assert fleet.results[sequence].token_ids == alone(world, other)
+    assert facts(fleet, sequence).cached_device_tokens == common
+    assert facts(fleet, sequence).blocks_copied == (common % 4 > 0)
+    assert computed(fleet) - before == 40 - common + 7
+    fleet.assert_nothing_held()
+
+
+def test_a_copy_leaves_its_source_alone(world: MakeWorld) -> None:
+    """Two tails from one block, at once and while its first owner still runs."""
+    fleet = world()
+    tokens = prompt(31)
+    first = fleet.submit(tokens, max_tokens=30)
+    for _ in range(4):
+        fleet.step()
+    tails = [tokens[:27] + [7 + i, 8] for i in range(3)]
+    ids = [fleet.submit(tail, max_tokens=12) for tail in tails]
+    fleet.run()
+    assert fleet.results[first].token_ids == alone(world, tokens, 30)
+    assert [fleet.results[i].token_ids for i in ids] == [alone(world, tail, 12) for tail in tails]
+    assert [facts(fleet, i).blocks_copied for i in ids] == [1, 1, 1]
+
+
+def test_no_part_of_a_block_crosses_a_scope(world: MakeWorld) -> None:
+    """A published head that ends inside a block: its tokens are shared, the tail behind it is not."""
+    fleet = world()
+    public, owner, other = (ScopeRoot(name * 16) for name in (b"p", b"o", b"x"))
+    head, tail = prompt(18), prompt(14, seed=1)
+    fleet.tokens(head + tail, regions=(Region(public, None),))
+    for root in (owner, other):
+        sequence = fleet.submit(head + tail, regions=(Region(public, 18), Region(root, None)))
+        fleet.run()
+        assert facts(fleet, sequence).cached_device_tokens == facts(fleet, sequence).cached_published_tokens == 18
+        assert fleet.results[sequence].token_ids == alone(world, head + tail)
+
+
+def test_a_sequence_that_ends_with_a_copy_to_do_gives_everything_back(world: MakeWorld) -> None:
+    fleet = world(max_batch_tokens=8)
+    fleet.tokens(prompt(32))
+    busy = fleet.submit(prompt(40, seed=1), max_tokens=20)
+    fleet.step()
+    waiting = fleet.submit(prompt(30))
+    fleet.cancel(waiting)
+    later = fleet.submit(prompt(30))
+    batch = fleet.scheduler.schedule(0.0)
+    while not batch.copies:
+        fleet.scheduler.complete(batch, fleet.runner.execute(batch))
+        batch = fleet.scheduler.schedule(0.0)
+    fleet.scheduler.fail(batch, "RUNNER_ERROR")
+    fleet.run()
+    assert {fleet.results[i].finish for i in (busy, later)} == {Finish.ERROR}
+    fleet.assert_nothing_held()
+
+
+# Single flight
+
+
+def many(world: MakeWorld, **changes: Any) -> Any:
+    shape = {"num_blocks": 1024, "block_size": 16, "max_batch_tokens": 512, "max_sequences": 64, "max_model_len": 4096}
+    return world(**(shape | changes))
+
+
+def test_64_identical_cold_prompts_cost_one_prefill(world: MakeWorld) -> None:
+    fleet = many(world)
+    tokens = prompt(2048)
+    ids = [fleet.submit(tokens, max_tokens=1) for _ in range(64)]
+    fleet.run()
+    assert computed(fleet) <= 1.05 * 2048 + 64
+    assert computed(fleet) == 2048 + 63
+    assert {tuple(fleet.results[i].token_ids) for i in ids} == {tuple(alone(world, tokens, 1))}
+    assert [facts(fleet, i).cached_device_tokens for i in ids] == [0] + [2047] * 63
+    fleet.assert_nothing_held()
+
+
+def test_who_waits_lets_others_pass_and_holds_nothing(world: MakeWorld) -> None:
+    fleet = many(world, max_batch_tokens=64)
+    fleet.submit(prompt(640), max_tokens=1)
+    twins = [fleet.submit(prompt(640), max_tokens=1) for _ in range(3)]
+    other = fleet.submit(prompt(30, seed=1), max_tokens=1)
+    fleet.step()
+    assert fleet.pool.num_referenced == 40
+    while fleet.results[twins[0]].finish is None:
+        fleet.step()
+    assert fleet.results[other].finish is Finish.LENGTH
+    fleet.run()
+    assert computed(fleet) == 640 + 3 + 30
+
+
+def test_a_shared_head_is_computed_once_and_tails_apart(world: MakeWorld) -> None:
+    fleet = many(world, max_batch_tokens=128)
+    head = prompt(600)
+    ids = [fleet.submit(head + prompt(20, seed=i + 1), max_tokens=2) for i in range(8)]
+    fleet.run()
+    assert computed(fleet) <= 600 + 8 * (20 + 16 + 1)
+    assert [fleet.results[i].token_ids for i in ids] == [
+        alone(world, head + prompt(20, seed=i + 1), 2) for i in range(8)
+    ]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("end", ["cancel", "fail", "preempt"])
+def test_a_leader_that_ends_hands_over(world: MakeWorld, end: str, steps: int) -> None:
+    fleet = many(world, max_batch_tokens=128)
+    leader, *twins = (fleet.submit(prompt(1000), max_tokens=3) for _ in range(4))
+    for _ in range(steps):
+        fleet.step()
+    match end:
+        case "cancel":
+            fleet.cancel(leader)
+        case "fail":
+            fleet.scheduler.fail(fleet.scheduler.schedule(fleet.now), "RUNNER_ERROR")
+        case "preempt":
+            fleet.scheduler._preempt(fleet.scheduler._running[-1])
+    fleet.run()
+    assert {tuple(fleet.results[i].token_ids) for i in twins} == {tuple(alone(world, prompt(1000), 3))}
+    assert computed(fleet) <= 1000 + 4 * (16 + 3) + 128
+    fleet.assert_nothing_held()
+
+
+def test_scopes_do_not_wait_for_each_other(world: MakeWorld) -> None:
+    fleet = many(world)
+    for tenant in "ab":
+        fleet.submit(prompt(640), max_tokens=1, tenant=tenant)
+    fleet.run()
+    assert computed(fleet) == 2 * 640
