@@ -259,9 +259,8 @@ class BlockPool:
 
     def purge(self, root: ScopeRoot) -> Purged:
         """Forget every sealed block that the owner of `root` is charged for, and what hangs below."""
-        owner = self._ledger.owner(root)
+        owner = self._ledger.account(root)
         sealed = [block for block in self.contents.by_key.values() if self._owners[block] is owner]
-        self._ledger.forget_if_empty(owner)
         return self.drop(sealed)
 
     def begin_transfer(self, block: BlockId) -> None:
@@ -292,7 +291,7 @@ class BlockPool:
 
     def account(self, root: ScopeRoot) -> Owner:
         """The account that pays for the scope `root`: to be read."""
-        return self._ledger.owner(root)
+        return self._ledger.account(root)
 
     def _charge_to(self, block: BlockId, owner: Owner) -> None:
         """Move a held block to another account."""

@@ -34,10 +34,12 @@ class BlockTable:
 
     __slots__ = (
         "_chain", "_copies", "_data", "_flight", "_hole_end", "_no_store", "_pool", "_regions", "_sealing", "_sources",
-        "_stand_ins", "_tip", "block_ids", "cached_published", "pending",
+        "_stand_ins", "_tip", "block_ids", "cached_published", "life", "pending",
     )  # fmt: skip
 
     def __init__(self, pool: BlockPool, regions: Sequence[Region], *, no_store: bool = False) -> None:
+        self.life = 0
+        """Grows with each `release`."""
         self._pool = pool
         self._regions = tuple(regions)
         self._no_store = no_store
@@ -71,28 +73,27 @@ class BlockTable:
         Only for an empty table. Scope, parent and token ids of every block are compared. The last block may be our own,
         to be filled by a copy order; not so if `pending` is set, when more is worth waiting for.
         """
+        num_tokens = self.attach_blocks(token_ids, limit)
+        if self.watch(token_ids) is None:
+            num_tokens += self.attach_part(num_tokens, limit)
+        return num_tokens
+
+    def attach_blocks(self, token_ids: array[int], limit: int) -> int:
+        """As `attach_prefix`, in full blocks only: nothing to copy and nothing to wait for."""
         if self.block_ids:
             raise BrokenInvariant("a prefix can be attached to an empty table only")
         pool = self._pool
         if not pool.reuse:
             return 0
-        data = token_bytes(token_ids)
-        limit = min(limit, len(token_ids))
-        found, published = self._find_blocks(data, limit)
-        if not found or pool.may_acquire(found):
-            pool.acquire(found, hit=True)
-            self._hold(found)
-        else:
+        found, published = self._find_blocks(token_bytes(token_ids), min(limit, len(token_ids)))
+        if found and not pool.may_acquire(found):
             self._chain.restart()
-            self._tip, published = NO_BLOCK, 0
-        size = pool.block_size
-        self._data = data
-        self.cached_published = published * size
-        num_tokens = self._chain.index * size
-        self.pending = self._find_flight(num_tokens)
-        if self.pending is None and num_tokens < limit:
-            num_tokens += self._attach_part(num_tokens, limit)
-        return num_tokens
+            self._tip = NO_BLOCK
+            return 0
+        pool.acquire(found, hit=True)
+        self._hold(found)
+        self.cached_published = published * pool.block_size
+        return len(found) * pool.block_size
 
     def _find_blocks(self, data: bytes, limit: int) -> tuple[list[BlockId], int]:
         """The cached full blocks from the start, and how many of them are published; the chain goes behind them."""
@@ -113,9 +114,13 @@ class BlockTable:
             self._tip = block
         return found, published
 
-    def _attach_part(self, start: int, limit: int) -> int:
-        """Copy the start of the next block from the sealed one that shares most of it; how many tokens that is."""
-        part = self._best_part(start, limit)
+    def attach_part(self, start: int, limit: int) -> int:
+        """Behind `start` attached tokens, copy the start of the next block from the sealed one that shares most of it.
+
+        How many tokens that is; of the token ids that `watch` was told.
+        """
+        limit = min(limit, len(self._data) // TOKEN_BYTES)
+        part = self._best_part(start, limit) if start < limit else None
         if part is None or not self._pool.may_acquire((part.source,)):
             return 0
         self._pool.acquire((part.source,), hit=True)
@@ -128,6 +133,10 @@ class BlockTable:
         if part.published:
             self.cached_published += part.num_tokens
         return part.num_tokens
+
+    def cursor(self) -> tuple[KeyChain, int]:
+        """Where the attached prefix ends: a chain to go on with, and the number of the last content."""
+        return self._chain.copy(), self._pool.number(self._tip)
 
     def _best_part(self, start: int, limit: int) -> Part | None:
         """The longest start of the next block in the scopes of the regions that lie in it, each up to its own end.
@@ -152,23 +161,32 @@ class BlockTable:
 
     # Single flight
 
-    def _find_flight(self, start: int) -> Wait | None:
-        """What to wait for, if another sequence is at the block that we miss next."""
+    def watch(self, token_ids: array[int]) -> Wait | None:
+        """What to wait for, if another sequence is at the block that we miss next; `pending` says it again.
+
+        Without one, our next `reserve` makes us the leader that others wait for.
+        """
+        self.pending = None
+        if not self._pool.reuse:
+            return None
+        self._data = token_bytes(token_ids)
+        chain, size = self._chain, self._pool.block_size
+        start = chain.index * size
         tokens = self._block_at(start)
         if not tokens or not len(self._pool.flights):
             return None
-        chain = self._chain
         flight = self._pool.flights.find(chain.peek(tokens), chain.root, self._pool.number(self._tip))
         if flight is None:
             return None
-        step = len(tokens)
-        common = common_bytes(flight.data[start * TOKEN_BYTES :], self._data[start * TOKEN_BYTES :]) // step
+        offset = start * TOKEN_BYTES
+        common = common_bytes(flight.data[offset:], self._data[offset:]) // len(tokens)
         if not common:
             return None
         target = chain.index + common
         if flight.regions != self._regions and chain.span_end is not None:
             target = min(target, chain.span_end)
-        return Wait(flight, target)
+        self.pending = Wait(flight, target)
+        return self.pending
 
     def _block_at(self, start: int) -> bytes:
         """The known tokens of the full block from this position on; nothing if they are fewer."""
@@ -334,6 +352,7 @@ class BlockTable:
         if self.block_ids:
             self._pool.num_holders -= 1
         self._pool.release([*self._sources, *self._backwards(0, len(self.block_ids))])
+        self.life += 1
         self._reset()
 
     def _backwards(self, first: int, end: int) -> list[BlockId]:

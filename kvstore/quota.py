@@ -76,6 +76,11 @@ class Ledger:
             owner = self._owners[root] = Owner(root)
         return owner
 
+    def account(self, root: ScopeRoot | None) -> Owner:
+        """The same, to be read only: one that has nothing is not opened."""
+        root = self._publishers.get(root, root) if root is not None else None
+        return self._owners.get(root) or Owner(root)
+
     def owners(self) -> list[Owner]:
         """All accounts."""
         return list(self._owners.values())
