@@ -45,7 +45,8 @@ class ScheduledSequence:
     table covers every position up to the last one computed. All positions before `start` are already in the cache,
     but for blocks that left a sliding window: their id is -1, and no query of the step may see them.
     `sampling` is None while the chunk ends before the sequence's last token; else one token is sampled after it, at
-    absolute position `start + len(token_ids)`, and none of `banned_token_ids` is drawn.
+    absolute position `start + len(token_ids)`, and none of `banned_token_ids` is drawn. `fork_sampling` draws further
+    tokens at that same position: the first ones of sequences that have the prompt in common and go apart here.
     """
 
     sequence_id: int
@@ -54,6 +55,12 @@ class ScheduledSequence:
     block_ids: Sequence[int]
     sampling: SamplingParams | None = None
     banned_token_ids: tuple[int, ...] = ()
+    fork_sampling: tuple[SamplingParams, ...] = ()
+
+    @property
+    def draws(self) -> tuple[SamplingParams, ...]:
+        """How each token is drawn that this share asks for, in the order of the runner's answer."""
+        return () if self.sampling is None else (self.sampling, *self.fork_sampling)
 
 
 @dataclass(frozen=True, slots=True)

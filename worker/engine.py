@@ -298,6 +298,6 @@ def _made_up(num_tokens: int, vocab_size: int) -> SequenceRequest:
 
 
 def _check_tokens(batch: Batch, token_ids: list[int], vocab_size: int) -> None:
-    wanted = sum(share.sampling is not None for share in batch.sequences)
+    wanted = sum(len(share.draws) for share in batch.sequences)
     if len(token_ids) != wanted or not all(0 <= token_id < vocab_size for token_id in token_ids):
         raise ValueError("the runner's answer does not fit its batch")

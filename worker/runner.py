@@ -24,7 +24,7 @@ class ModelSpec:
 
 
 class BlockMover(Protocol):
-    """KV blocks in CPU memory, and the copies to and from them beside the steps. For the runner's thread; never waits."""
+    """KV blocks in CPU memory, and copies to and from them beside the steps. For the runner's thread; never waits."""
 
     num_blocks: int
 
@@ -48,7 +48,7 @@ class Runner(Protocol):
     mover: BlockMover | None
 
     def execute(self, batch: Batch) -> list[int]:
-        """Run the step; one token id for each sequence that has `sampling`, in batch order."""
+        """Run the step; one token id for each draw of each sequence, in batch order."""
         ...
 
     def close(self) -> None:

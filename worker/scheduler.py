@@ -47,19 +47,20 @@ class Scheduler:
 
     def submit(self, request: SequenceRequest, now: float) -> None:
         """Queue a request, or end it as rejected when it can never fit or the queue is full."""
-        sequence = Sequence(request, arrival=self._arrivals, now=now)
-        self._arrivals += 1
-        reason = self._refusal(sequence)
+        leader, *forks = [self._make(one, now) for one in (request, *map(request.fork, request.forks))]
+        reason = self._refusal(leader)
         if reason:
-            self._outputs.append(sequence.end(Finish.REJECTED, reason))
+            self._outputs += [sequence.end(Finish.REJECTED, reason) for sequence in (leader, *forks)]
             return
-        self._sequences[sequence.id] = sequence
-        if request.deadline is not None:
-            insort(self._deadlines, (request.deadline, sequence.id))
-        if len(sequence.token_ids) >= sequence.max_num_tokens:
-            self._end(sequence, sequence.end(Finish.LENGTH))
+        for sequence in (leader, *forks):
+            self._sequences[sequence.id] = sequence
+            if request.deadline is not None:
+                insort(self._deadlines, (request.deadline, sequence.id))
+        if len(leader.token_ids) >= leader.max_num_tokens:
+            for sequence in (leader, *forks):
+                self._end(sequence, sequence.end(Finish.LENGTH))
         else:
-            insort(self._waiting, sequence, key=_order)
+            self._lead(leader, forks)
 
     def cancel(self, sequence_id: int) -> None:
         """End a sequence at once, its blocks with it; one that is not known has ended already."""
@@ -69,7 +70,8 @@ class Scheduler:
 
     def fail_all(self, reason: str) -> None:
         """End every sequence with an error."""
-        for sequence in list(self._sequences.values()):
+        while self._sequences:
+            sequence = next(iter(self._sequences.values()))
             self._end(sequence, sequence.end(Finish.ERROR, reason))
 
     def abandon(self, reason: str) -> None:
@@ -98,7 +100,7 @@ class Scheduler:
     @property
     def num_queued_tokens(self) -> int:
         """Tokens that wait to be computed before their sequences can go on, the one of a decode left out."""
-        return sum(max(s.num_uncomputed_tokens - 1, 0) for s in self._sequences.values())
+        return sum(max(s.num_uncomputed_tokens - 1, 0) for s in self._sequences.values() if s.origin is None)
 
     # One step
 
@@ -133,7 +135,8 @@ class Scheduler:
             table.copies_done()
             table.seal(sequence.token_ids, sequence.num_computed_tokens)
             if share.sampling is not None:
-                self._emit(sequence, sequence.append(next(sampled)))
+                for one in (sequence, *self._fork(sequence)):
+                    self._emit(one, one.append(next(sampled)))
 
     def fail(self, batch: Batch, reason: str) -> None:
         """End the sequences of a step that did not run; all others go on."""
@@ -142,6 +145,18 @@ class Scheduler:
             self._end(sequence, sequence.end(Finish.ERROR, reason))
 
     # Before the queue
+
+    def _make(self, request: SequenceRequest, now: float) -> Sequence:
+        self._arrivals += 1
+        return Sequence(request, arrival=self._arrivals, now=now)
+
+    def _lead(self, leader: Sequence, forks: list[Sequence]) -> None:
+        """Queue a sequence that computes the prompt for its forks too."""
+        leader.origin = None
+        leader.forks = forks
+        for fork in forks:
+            fork.origin = leader
+        insort(self._waiting, leader, key=_order)
 
     def _refusal(self, sequence: Sequence) -> str:
         if self.draining:
@@ -183,6 +198,20 @@ class Scheduler:
         sequence.state = State.WAITING
         insort(self._waiting, sequence, key=_order)
         self.num_preemptions += 1
+
+    def _fork(self, sequence: Sequence) -> list[Sequence]:
+        """Let those go that waited for this prompt, over the same blocks; what is too many to run goes to the queue."""
+        forks, sequence.forks = sequence.forks, []
+        for fork in forks:
+            fork.follow(sequence)
+            if len(self._running) < self._limits.max_sequences:
+                fork.table = _table(sequence).fork(sequence.num_computed_tokens)
+                fork.num_computed_tokens = sequence.num_computed_tokens
+                fork.state = State.RUNNING
+                insort(self._running, fork, key=_order)
+            else:
+                insort(self._waiting, fork, key=_order)
+        return forks
 
     # Waiting -> running
 
@@ -249,6 +278,18 @@ class Scheduler:
         sequence.state = State.FINISHED
         del self._sequences[sequence.id]
         self._outputs.append(output)
+        if sequence.origin is not None:
+            sequence.origin.forks.remove(sequence)
+        if sequence.forks:
+            self._pass_on(sequence.forks, output)
+
+    def _pass_on(self, forks: list[Sequence], output: SequenceOutput) -> None:
+        """Whoever computed the prompt for these has ended: another one does, unless it cannot be computed."""
+        if output.finish is Finish.ERROR:
+            for fork in forks.copy():
+                self._end(fork, fork.end(Finish.ERROR, output.reason))
+        else:
+            self._lead(forks[0], forks[1:])
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.table is not None:
@@ -299,6 +340,7 @@ class _Step:
                 block_ids=table.block_ids,
                 sampling=sequence.request.sampling if last else None,
                 banned_token_ids=sequence.banned_token_ids if last else (),
+                fork_sampling=tuple(fork.request.sampling for fork in sequence.forks) if last else (),
             )
         )
 

@@ -7,7 +7,7 @@ in an output, never changes.
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from kvstore.block_table import BlockTable
@@ -36,11 +36,20 @@ class Finish(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Fork:
+    """One more answer to the same prompt, told apart by its number and drawn with its own seed."""
+
+    sequence_id: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class SequenceRequest:
     """What a router asks for.
 
     `token_ids` is the prompt and, on a continuation, the tokens already delivered after it; `sampling.max_tokens`
-    counts generated tokens from `num_prompt_tokens`. `deadline` is a time of the engine's clock.
+    counts generated tokens from `num_prompt_tokens`. `deadline` is a time of the engine's clock. Each of `forks` is
+    a sequence of its own once the prompt is computed.
     """
 
     sequence_id: int
@@ -51,6 +60,11 @@ class SequenceRequest:
     priority: int = 0
     deadline: float | None = None
     no_store: bool = False
+    forks: tuple[Fork, ...] = ()
+
+    def fork(self, fork: Fork) -> SequenceRequest:
+        """The request that a fork stands for."""
+        return replace(self, sequence_id=fork.sequence_id, sampling=replace(self.sampling, seed=fork.seed), forks=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +98,10 @@ class Sequence:
         "_reported_admission",
         "admission",
         "arrival",
+        "forks",
         "num_computed_tokens",
         "num_prompt_tokens",
+        "origin",
         "queued_at",
         "request",
         "state",
@@ -106,6 +122,9 @@ class Sequence:
         self.wait: Wait | None = None
         """While it waits: for what another sequence is about to compute or load."""
         self.admission: AdmissionFacts | None = None
+        self.forks: list[Sequence] = []
+        """Until its prompt is computed: those that go on from there with it; `origin` leads back."""
+        self.origin: Sequence | None = None
         self._reported_admission = False
 
     @property
@@ -136,6 +155,12 @@ class Sequence:
         """Stop ids, until `min_tokens` have been generated."""
         sampling = self.request.sampling
         return sampling.stop_token_ids if self.num_generated_tokens < sampling.min_tokens else ()
+
+    def follow(self, origin: Sequence) -> None:
+        """Its prompt is computed, by `origin`, which also says what admission found."""
+        self.origin = None
+        self._reported_admission = True
+        self.admission = origin.admission
 
     def append(self, token_id: int) -> SequenceOutput:
         """Take a sampled token; the output says whether it was the last."""

@@ -20,7 +20,7 @@ from xxhash import xxh3_64_intdigest
 
 from pando.errors import ConfigError
 from pando.settings import WorkerSettings
-from worker.batch import Batch, ScheduledSequence
+from worker.batch import Batch, SamplingParams, ScheduledSequence
 from worker.runner import BlockMover, ModelSpec
 
 DEFAULT_VOCAB_SIZE = 8192
@@ -70,7 +70,7 @@ class SimulatedRunner:
             self._blocks[copy.target, : copy.num_tokens] = self._blocks[copy.source, : copy.num_tokens]
         for share in batch.sequences:
             self._write(share)
-        token_ids = [self._next_token(share) for share in batch.sequences if share.sampling is not None]
+        token_ids = [self._next_token(share, draw) for share in batch.sequences for draw in share.draws]
         left = done_at - self._clock()
         if left > 0:
             self._sleep(left)
@@ -95,9 +95,8 @@ class SimulatedRunner:
         table = np.array(share.block_ids[: -(-num_tokens // self.spec.block_size)], dtype=np.int64)
         return self._blocks[table].reshape(-1)[:num_tokens].tobytes()
 
-    def _next_token(self, share: ScheduledSequence) -> int:
-        assert share.sampling is not None
-        seed = share.sampling.seed if share.sampling.temperature > 0 else 0
+    def _next_token(self, share: ScheduledSequence, draw: SamplingParams) -> int:
+        seed = draw.seed if draw.temperature > 0 else 0
         state = xxh3_64_intdigest(self._read(share), seed)
         for _ in range(4 * self.spec.vocab_size):
             token_id = state % self.spec.vocab_size

@@ -13,7 +13,7 @@ from kvstore.scope import Region, ScopeRoot
 from worker.batch import Batch, SamplingParams
 from worker.runner import ModelSpec
 from worker.scheduler import Scheduler, SchedulerLimits
-from worker.sequence import Finish, SequenceOutput, SequenceRequest
+from worker.sequence import Finish, Fork, SequenceOutput, SequenceRequest
 from worker.simulated_runner import SimulatedRunner, StepCost
 
 VOCAB_SIZE = 500
@@ -83,6 +83,7 @@ class World:
         deadline: float | None = None,
         no_store: bool = False,
         regions: tuple[Region, ...] | None = None,
+        fork_seeds: tuple[int, ...] = (),
         **sampling: object,
     ) -> int:
         tokens = array("I", prompt)
@@ -95,8 +96,10 @@ class World:
             priority=priority,
             deadline=deadline,
             no_store=no_store,
+            forks=tuple(Fork(len(self.results) + 1 + i, seed) for i, seed in enumerate(fork_seeds)),
         )
-        self.results[request.sequence_id] = Result()
+        for sequence_id in (request.sequence_id, *(fork.sequence_id for fork in request.forks)):
+            self.results[sequence_id] = Result()
         self.scheduler.submit(request, self.now)
         self._take()
         return request.sequence_id

@@ -61,7 +61,7 @@ def test_a_copy_leaves_its_source_alone(world: MakeWorld) -> None:
     first = fleet.submit(tokens, max_tokens=30)
     for _ in range(4):
         fleet.step()
-    tails = [tokens[:27] + [7 + i, 8] for i in range(3)]
+    tails = [[*tokens[:27], 7 + i, 8] for i in range(3)]
     ids = [fleet.submit(tail, max_tokens=12) for tail in tails]
     fleet.run()
     assert fleet.results[first].token_ids == alone(world, tokens, 30)
@@ -171,3 +171,81 @@ def test_scopes_do_not_wait_for_each_other(world: MakeWorld) -> None:
         fleet.submit(prompt(640), max_tokens=1, tenant=tenant)
     fleet.run()
     assert computed(fleet) == 2 * 640
+
+
+# Forks
+
+
+HOW: dict[str, Any] = {"temperature": 1.0}
+
+
+def fork_tokens(world: MakeWorld, tokens: list[int], seeds: range, max_tokens: int = 12) -> list[list[int]]:
+    return [alone(world, tokens, max_tokens, seed=seed, **HOW) for seed in seeds]
+
+
+@pytest.mark.parametrize("length", [1, 4, 29, 30, 32])
+def test_8_answers_cost_one_prefill_and_their_own_blocks(world: MakeWorld, length: int) -> None:
+    fleet = world(num_blocks=128)
+    tokens = prompt(length)
+    first = fleet.submit(tokens, seed=0, fork_seeds=tuple(range(1, 8)), max_tokens=12, **HOW)
+    while not fleet.results[first].outputs:
+        fleet.step()
+    assert computed(fleet) == length
+    fleet.step()
+    shared, whole = length // 4, -(-(length + 1) // 4)
+    assert fleet.pool.num_referenced == shared + 8 * (whole - shared)
+    fleet.run()
+    found = [fleet.results[first + i].token_ids for i in range(8)]
+    assert found == fork_tokens(world, tokens, range(8))
+    assert len(set(map(tuple, found))) == 8
+    assert computed(fleet) == length + 8 * 11
+    assert [facts(fleet, first + i) is None for i in range(8)] == [False] + [True] * 7
+    fleet.assert_nothing_held()
+
+
+@pytest.mark.parametrize(("num_blocks", "max_sequences"), [(128, 3), (16, 16), (16, 2)])
+def test_forks_that_do_not_fit_take_their_turn(world: MakeWorld, num_blocks: int, max_sequences: int) -> None:
+    fleet = world(num_blocks=num_blocks, max_sequences=max_sequences)
+    first = fleet.submit(prompt(30), seed=0, fork_seeds=tuple(range(1, 8)), max_tokens=12, **HOW)
+    fleet.run()
+    assert [fleet.results[first + i].token_ids for i in range(8)] == fork_tokens(world, prompt(30), range(8))
+    assert max(len(batch.sequences) for batch in fleet.batches) <= max_sequences
+    assert sum(fleet.results[first + i].outputs[0].admission is not None for i in range(8)) == 1
+    fleet.assert_nothing_held()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_cancelled_one_leaves_the_others_theirs(world: MakeWorld, gone: int, steps: int) -> None:
+    fleet = world(max_batch_tokens=12)
+    first = fleet.submit(prompt(30), seed=0, fork_seeds=(1, 2), max_tokens=12, deadline=99.0, **HOW)
+    for _ in range(steps):
+        fleet.step()
+    fleet.cancel(first + gone)
+    fleet.run()
+    wanted = fork_tokens(world, prompt(30), range(3))
+    for i in range(3):
+        result = fleet.results[first + i]
+        assert result.finish is (Finish.CANCELLED if i == gone else Finish.LENGTH)
+        assert result.token_ids == wanted[i][: len(result.token_ids)]
+        assert i == gone or len(result.token_ids) == 12
+    said = [i for i in range(3) if fleet.results[first + i].outputs[0].admission]
+    assert len(said) == 1
+    fleet.assert_nothing_held()
+
+
+def test_forks_end_with_a_prompt_that_fails_or_is_refused_or_late(world: MakeWorld) -> None:
+    fleet = world(max_batch_tokens=12)
+    fleet.submit(prompt(30), fork_seeds=(1, 2))
+    fleet.step()
+    fleet.scheduler.fail(fleet.scheduler.schedule(0.0), "RUNNER_ERROR")
+    fleet.submit(prompt(190), fork_seeds=(1, 2), max_tokens=20)
+    fleet.submit(prompt(30, seed=1), fork_seeds=(1, 2), deadline=fleet.now)
+    fleet.run()
+    finishes = [fleet.results[i].finish for i in range(9)]
+    assert finishes == [Finish.ERROR] * 3 + [Finish.REJECTED] * 3 + [Finish.DEADLINE] * 3
+    fleet.submit(prompt(30), fork_seeds=(1, 2))
+    fleet.scheduler.fail_all("WORKER_STOPPED")
+    fleet.run()
+    assert all(fleet.results[9 + i].finish is Finish.ERROR for i in range(3))
+    fleet.assert_nothing_held()
