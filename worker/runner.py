@@ -12,7 +12,8 @@ from worker.batch import Batch, Transfer, TransferEnd
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """What the engine and the routers need to know of a model. `fingerprint` is 16 bytes over everything KV depends on:
-    configuration, weights, KV dtype, rope settings (block size is added by `kvstore.block_key`)."""
+    configuration, weights, KV dtype, rope settings (block size is added by `kvstore.block_key`). With a `window` in all its
+    layers, the query at position p reads positions from p - window + 1 on and the first `sinks`, and none between."""
 
     name: str
     fingerprint: bytes
@@ -21,6 +22,8 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     num_blocks: int
     block_size: int
+    window: int | None = None
+    sinks: int = 0
 
 
 class BlockMover(Protocol):
