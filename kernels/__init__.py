@@ -24,9 +24,11 @@ from kernels.reference import (
     attention,
     copy_blocks,
     head_rms_norm_,
+    merge_states,
     rms_norm,
     rotary_,
     silu_mul,
+    sink_attention,
     write_kv,
 )
 from kernels.sampling import counter_uniform, sample
@@ -38,10 +40,12 @@ __all__ = [
     "copy_blocks",
     "counter_uniform",
     "head_rms_norm_",
+    "merge_states",
     "plan_attention",
     "rms_norm",
     "rotary_",
     "sample",
     "silu_mul",
+    "sink_attention",
     "write_kv",
 ]

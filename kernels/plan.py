@@ -1,7 +1,7 @@
 """The host's work list for one step of attention: planned once from lengths and block tables, used by every layer.
 
 Knows lengths and block numbers only. Invariant: a plan names no cache position past a sequence's context, and none
-before its window, except ones it also lists as dead; dead positions are cleared after they were gathered.
+between its sinks and its window, except ones it also lists as dead; dead positions are cleared after the gather.
 
 A layer's cache is addressed as rows: a *head row* is one head's tokens of a block, `[block_size * head_dim]`, a
 *slot row* is one head's vector of a slot, `[head_dim]`. Row numbers count from the layer's first element, so one plan
@@ -12,7 +12,7 @@ serves all layers. With `heads = num_layers * 2 * num_kv_heads` head rows in a b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,12 +79,21 @@ class WindowWork:
 
 
 @dataclass(frozen=True, slots=True)
+class SinkWork:
+    """Sequences longer than a window with sinks: what their queries see in the window, and of the sinks before it."""
+
+    window: WindowWork
+    sinks: WindowWork
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """What `write_kv` and `attention` do in every layer of a step."""
 
     num_tokens: int
     slot_rows: torch.Tensor  # [num_tokens * 2 * num_kv_heads] int64: where each head's key and value are written
     work: dict[int | None, WindowWork]  # by window; None sees the whole context
+    sink_work: dict[int, SinkWork]  # by window, where some sequence is longer than it; not in `work` then
     workspace: torch.Tensor  # room for the largest gather: a fresh buffer in each layer would cost its page faults
 
 
@@ -123,12 +132,15 @@ def plan_attention(
     block_tables: Ints,
     *,
     windows: Sequence[int | None] = (None,),
+    sinks: Mapping[int, int] | None = None,
 ) -> AttentionPlan:
     """Plan one step over `kv_cache`, of which only shape, dtype and device are used.
 
     Sequence i computes `query_lens[i]` >= 1 tokens, the last of its `context_lens[i]`; they are packed in order.
-    `block_tables[num_seqs, max_blocks]` holds the block ids that cover each context; entries past it are not read.
-    A window of W lets a position see itself and the W - 1 before it. Raises ValueError if a table is too short.
+    `block_tables[num_seqs, max_blocks]` holds the block ids that cover each context; entries past it, and those
+    between its sinks and its window, are not read. A window of W lets a position see itself and the W - 1 before it,
+    and with `sinks[W]` the first positions of the sequence too. Raises ValueError if a table is too short or has a
+    hole, a negative id, where it is read.
     """
     _, num_layers, _, num_kv_heads, block_size, head_dim = kv_cache.shape
     lens = np.asarray(query_lens, dtype=np.int64)
@@ -149,14 +161,29 @@ def plan_attention(
         dtype=kv_cache.dtype,
         device=kv_cache.device,
     )
-    work = {window: _window_work(step, window) for window in dict.fromkeys(windows)}
-    most = max(of.largest_gather for of in work.values())
-    return AttentionPlan(
-        num_tokens=int(lens.sum()),
-        slot_rows=step.tensor(_slot_rows(step)),
-        work=work,
-        workspace=torch.empty(most * block_size * head_dim, dtype=step.dtype, device=step.device),
-    )
+    slot_rows = step.tensor(_slot_rows(step))
+    work, sink_work = _work(step, windows, sinks or {})
+    parts = [part for of in sink_work.values() for part in (of.window, of.sinks)]
+    most = max(of.largest_gather for of in (*work.values(), *parts))
+    workspace = torch.empty(most * block_size * head_dim, dtype=step.dtype, device=step.device)
+    return AttentionPlan(int(lens.sum()), slot_rows, work, sink_work, workspace)
+
+
+def _work(
+    step: _Step, windows: Sequence[int | None], sinks: Mapping[int, int]
+) -> tuple[dict[int | None, WindowWork], dict[int, SinkWork]]:
+    work: dict[int | None, WindowWork] = {}
+    sink_work: dict[int, SinkWork] = {}
+    every = np.arange(len(step.query_lens))
+    for window in dict.fromkeys(windows):
+        count = 0 if window is None else sinks.get(window, 0)
+        longer = step.context_lens > window if window is not None and count else np.zeros(len(every), dtype=np.bool_)
+        work[window] = _window_work(step, every[~longer], window)
+        if window is not None and longer.any():
+            sink_work[window] = SinkWork(
+                _window_work(step, every[longer], window), _sinks_work(step, every[longer], window, count)
+            )
+    return work, sink_work
 
 
 def _slot_rows(step: _Step) -> Ints:
@@ -164,32 +191,58 @@ def _slot_rows(step: _Step) -> Ints:
     offset = np.arange(len(sequence)) - step.query_starts[sequence]
     position = (step.context_lens - step.query_lens)[sequence] + offset
     block = step.block_tables[sequence, position // step.block_size].astype(np.int64)
+    if (block < 0).any():
+        raise ValueError("a block table has a hole where the step writes")
     head_row = (block * step.heads)[:, None] + step.kv_rows.reshape(1, -1)
     slot_rows: Ints = head_row * step.block_size + (position % step.block_size)[:, None]
     return slot_rows.reshape(-1)
 
 
-def _window_work(step: _Step, window: int | None) -> WindowWork:
-    is_decode = step.query_lens == 1
-    buckets = _buckets(step, is_decode.nonzero()[0], window)
+def _window_work(step: _Step, members: Ints, window: int | None) -> WindowWork:
+    """The windows of these sequences."""
+    starts = step.context_lens - step.query_lens
+    first = np.maximum(starts - (window - 1), 0) if window is not None else np.zeros_like(starts)
+    seen = _Range(first, step.context_lens)
+    chunks = members[step.query_lens[members] > 1]
     return WindowWork(
-        decode=tuple(_decode_group(step, members, window) for members in buckets),
-        prefill=tuple(_prefill_chunk(step, int(index), window) for index in (~is_decode).nonzero()[0]),
+        decode=_decode_groups(step, members, seen),
+        prefill=tuple(_prefill_chunk(step, int(member), seen, window) for member in chunks),
     )
 
 
-def _first_key(step: _Step, window: int | None) -> Ints:
-    """The first position that any query of each sequence sees."""
-    starts = step.context_lens - step.query_lens
-    first: Ints = np.maximum(starts - (window - 1), 0) if window is not None else np.zeros_like(starts)
-    return first
+def _sinks_work(step: _Step, members: Ints, window: int, sinks: int) -> WindowWork:
+    """The sinks of these sequences, all longer than the window, as far as they are before it."""
+    seen = _Range(np.zeros_like(step.context_lens), np.minimum(step.context_lens - window, sinks))
+    chunks = members[step.query_lens[members] > 1]
+    return WindowWork(
+        decode=_decode_groups(step, members, seen),
+        prefill=tuple(_sink_chunk(step, int(member), seen, window) for member in chunks),
+    )
 
 
-def _buckets(step: _Step, members: Ints, window: int | None) -> list[Ints]:
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """Positions [first, end) that the queries of each sequence see, all together."""
+
+    first: Ints  # [num_seqs]
+    end: Ints  # [num_seqs]
+
+    def blocks(self, size: int) -> Ints:
+        """How many blocks they are in: [num_seqs]."""
+        count: Ints = -(-self.end // size) - self.first // size
+        return count
+
+
+def _decode_groups(step: _Step, members: Ints, seen: _Range) -> tuple[DecodeGroup, ...]:
+    members = members[step.query_lens[members] == 1]
+    buckets = _buckets(step, members, seen.blocks(step.block_size))
+    return tuple(_decode_group(step, bucket, seen) for bucket in buckets)
+
+
+def _buckets(step: _Step, members: Ints, blocks: Ints) -> list[Ints]:
     """Split decoding sequences so that each group pads little and gathers no more than fits the cache."""
     if not len(members):
         return []
-    blocks = -(-step.context_lens // step.block_size) - _first_key(step, window) // step.block_size
     members = members[np.argsort(-blocks[members], kind="stable")]
     unit = 2 * step.num_kv_heads * step.block_size * step.head_dim
     groups: list[Ints] = []
@@ -204,8 +257,8 @@ def _buckets(step: _Step, members: Ints, window: int | None) -> list[Ints]:
     return groups
 
 
-def _decode_group(step: _Step, members: Ints, window: int | None) -> DecodeGroup:
-    gather, live = _gather(step, members, window)
+def _decode_group(step: _Step, members: Ints, seen: _Range) -> DecodeGroup:
+    gather, live = _gather(step, members, seen)
     tokens = step.query_starts[members]
     contiguous = int(tokens[-1] - tokens[0]) == len(tokens) - 1
     return DecodeGroup(
@@ -215,11 +268,11 @@ def _decode_group(step: _Step, members: Ints, window: int | None) -> DecodeGroup
     )
 
 
-def _prefill_chunk(step: _Step, member: int, window: int | None) -> PrefillChunk:
-    gather, _ = _gather(step, np.array([member]), window)
+def _prefill_chunk(step: _Step, member: int, seen: _Range, window: int | None) -> PrefillChunk:
+    gather, _ = _gather(step, np.array([member]), seen)
     count = int(step.query_lens[member])
     start = int(step.context_lens[member]) - count
-    base = int(_first_key(step, window)[member]) // step.block_size * step.block_size
+    base = int(seen.first[member]) // step.block_size * step.block_size
     first_token = int(step.query_starts[member])
     tiles = []
     for row in range(0, count, TILE_ROWS):
@@ -233,6 +286,21 @@ def _prefill_chunk(step: _Step, member: int, window: int | None) -> PrefillChunk
     return PrefillChunk(gather, tuple(tiles))
 
 
+def _sink_chunk(step: _Step, member: int, seen: _Range, window: int) -> PrefillChunk:
+    """The queries that are past the window, and the sinks that are before theirs."""
+    gather, _ = _gather(step, np.array([member]), seen)
+    start = int(step.context_lens[member] - step.query_lens[member])
+    first, end = max(start, window), int(step.context_lens[member])
+    keys = slice(0, int(seen.end[member]))
+    tiles = []
+    for position in range(first, end, TILE_ROWS):
+        positions = np.arange(position, min(position + TILE_ROWS, end))
+        token = int(step.query_starts[member]) + position - start
+        before = np.arange(keys.stop)[None, :] <= positions[:, None] - window
+        tiles.append(PrefillTile(slice(token, token + len(positions)), keys, _additive(step, before)))
+    return PrefillChunk(gather, tuple(tiles))
+
+
 def _causal_mask(step: _Step, rows: int, keys: slice, begin: int | None) -> torch.Tensor:
     """[rows, keys]: the last `rows` of `keys` are the queries' own; the first query sees from `begin` on, each
     further one from one later."""
@@ -243,20 +311,22 @@ def _causal_mask(step: _Step, rows: int, keys: slice, begin: int | None) -> torc
     return hidden.triu(width - rows + 1).add_(hidden.tril_(begin - keys.start - 1))
 
 
-def _gather(step: _Step, members: Ints, window: int | None) -> tuple[Gather, npt.NDArray[np.bool_]]:
-    """The gather of these sequences' contexts, and which of its [num_rows, length] positions are in them."""
-    first_key = _first_key(step, window)[members]
-    first_block = first_key // step.block_size
-    num_blocks = -(-step.context_lens[members] // step.block_size) - first_block
+def _gather(step: _Step, members: Ints, seen: _Range) -> tuple[Gather, npt.NDArray[np.bool_]]:
+    """The gather of what these sequences see, and which of its [num_rows, length] positions that is."""
+    first, end = seen.first[members], seen.end[members]
+    first_block = first // step.block_size
+    num_blocks = seen.blocks(step.block_size)[members]
     widest = int(num_blocks.max())
-    # Columns past a context repeat its first block; they are dead.
+    # Columns past the end repeat the first block; they are dead.
     columns = np.arange(widest)[None, :]
     columns = first_block[:, None] + np.where(columns < num_blocks[:, None], columns, 0)
     blocks = step.block_tables[members[:, None], columns].astype(np.int64)
+    if (blocks < 0).any():
+        raise ValueError("a block table has a hole where it is read")
     head_rows = (blocks * step.heads)[None, :, None, :] + step.kv_rows[:, None, :, None]
     length = widest * step.block_size
     position = (first_block * step.block_size)[:, None] + np.arange(length)[None, :]
-    live = (position >= first_key[:, None]) & (position < step.context_lens[members][:, None])
+    live = (position >= first[:, None]) & (position < end[:, None])
     row, offset = (~live).nonzero()
     lane = np.arange(2)[:, None] * len(members) + row[None, :]  # [2, num_dead]
     dead = (lane[:, None, :] * step.num_kv_heads + np.arange(step.num_kv_heads)[None, :, None]) * length + offset

@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.plan import AttentionPlan, Gather
+from kernels.plan import AttentionPlan, Gather, WindowWork
+
+# Bound of the scores held at once where they are computed in the open, in elements.
+MOST_SCORES = 1 << 24
 
 
 def attention(
@@ -25,10 +28,59 @@ def attention(
     The step's own keys and values are in `layer_kv` already (see `write_kv`). `window` must be one of the plan's.
     Scores are multiplied by `scale`. Returns `[num_tokens, num_heads, head_dim]`.
     """
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    _attend(query, layer_kv, plan, plan.work[window], scale=scale, out=out)
+    return out
+
+
+def sink_attention(
+    query: torch.Tensor,
+    sink_query: torch.Tensor,
+    layer_kv: torch.Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    """`attention` over a window W and the S first positions of the plan's `sinks[W]`, which stay as they are cached.
+
+    `sink_query` is the query rotated for min(its position, S + W - 1): to it the sinks lie right before the window,
+    however far the sequence has come. What both see is merged by their softmax states.
+    """
+    work = plan.sink_work.get(window)
+    if work is None:
+        return attention(query, layer_kv, plan, scale=scale, window=window)
+    parts = torch.zeros((2, *query.shape), dtype=torch.float32, device=query.device)
+    states = torch.full(parts.shape[:-1], -torch.inf, device=query.device)
+    _attend_in_part(query, layer_kv, plan, work.window, scale=scale, into=(parts[0], states[0]))
+    _attend_in_part(sink_query, layer_kv, plan, work.sinks, scale=scale, into=(parts[1], states[1]))
+    out = merge_states(parts, states).to(query.dtype)
+    _attend(query, layer_kv, plan, plan.work[window], scale=scale, out=out)
+    return out
+
+
+def merge_states(parts: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """The softmax over several sets of keys from the softmax over each: `parts[num_parts, ..., head_dim]` are their
+    results, `states[num_parts, ...]` the logarithms of the sums of their exponentials, -inf (beside any finite part)
+    for an empty set. Returns `[..., head_dim]`, zero where all are empty."""
+    largest = states.amax(0)
+    weights = torch.exp(states - largest.masked_fill(largest == -torch.inf, 0))
+    total = weights.sum(0).clamp_(min=torch.finfo(weights.dtype).tiny)
+    return (parts * (weights / total)[..., None]).sum(0)
+
+
+def _attend(
+    query: torch.Tensor,
+    layer_kv: torch.Tensor,
+    plan: AttentionPlan,
+    work: WindowWork,
+    *,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Write the result of the tokens of `work` into `out`."""
     num_kv_heads = layer_kv.shape[2]
     group = query.shape[1] // num_kv_heads
-    work = plan.work[window]
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
     for decode in work.decode:
         keys, values = _gathered(layer_kv, decode.gather, plan.workspace)
         # The heads of a group share their keys, so they are the query rows of one small matmul.
@@ -45,7 +97,51 @@ def attention(
             mixed = values[0, :, None, tile.keys].expand(-1, group, -1, -1)
             result = F.scaled_dot_product_attention(rows, seen, mixed, attn_mask=tile.mask, scale=scale)
             out[tile.tokens] = result.permute(2, 0, 1, 3).flatten(1, 2)
-    return out
+
+
+def _attend_in_part(
+    query: torch.Tensor,
+    layer_kv: torch.Tensor,
+    plan: AttentionPlan,
+    work: WindowWork,
+    *,
+    scale: float,
+    into: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """`_attend` in float32 that leaves the softmax state beside the result: `into` is `[num_tokens, num_heads,
+    head_dim]` and `[num_tokens, num_heads]`. Each query of `work` sees at least one key."""
+    out, states = into
+    num_kv_heads = layer_kv.shape[2]
+    group = query.shape[1] // num_kv_heads
+    for decode in work.decode:
+        keys, values = _gathered(layer_kv, decode.gather, plan.workspace)
+        rows = query[decode.tokens].view(decode.gather.num_rows, num_kv_heads, group, -1)
+        result, state = _softmax_part(rows, keys, values, decode.mask, scale)
+        out[decode.tokens] = result.flatten(1, 2)
+        states[decode.tokens] = state.flatten(1, 2)
+    for chunk in work.prefill:
+        keys, values = _gathered(layer_kv, chunk.gather, plan.workspace)
+        for tile in chunk.tiles:
+            part = query[tile.tokens]
+            length = tile.keys.stop - tile.keys.start
+            step = max(1, MOST_SCORES // (part.shape[0] * group * length))
+            for head in range(0, num_kv_heads, step):
+                heads = slice(head, min(head + step, num_kv_heads))
+                own = slice(head * group, heads.stop * group)
+                rows = part[:, own].view(part.shape[0], -1, group, part.shape[2]).permute(1, 2, 0, 3)
+                seen, mixed = keys[0, heads, None, tile.keys], values[0, heads, None, tile.keys]
+                result, state = _softmax_part(rows, seen, mixed, tile.mask, scale)
+                out[tile.tokens, own] = result.permute(2, 0, 1, 3).flatten(1, 2)
+                states[tile.tokens, own] = state.permute(2, 0, 1).flatten(1, 2)
+
+
+def _softmax_part(
+    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of `rows[..., n, head_dim]` in float32, and the logarithms of its sums of exponentials, `[..., n]`."""
+    scores = torch.matmul(rows.float(), keys.float().transpose(-1, -2)).mul_(scale).add_(mask)
+    state = scores.logsumexp(-1)
+    return torch.matmul(scores.sub_(state[..., None]).exp_(), values.float()), state
 
 
 def write_kv(key_value: torch.Tensor, layer_kv: torch.Tensor, plan: AttentionPlan) -> None:

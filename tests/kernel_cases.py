@@ -22,6 +22,7 @@ class Case:
     block_size: int = 8
     window: int | None = None
     shared_blocks: int = 0  # leading blocks that all sequences have in common
+    sinks: int = 0
 
     def __str__(self) -> str:
         return self.name
@@ -48,6 +49,16 @@ CASES = (
     Case("window of one", (1, 4), (9, 12), window=1),
     Case("window, several tiles", (530,), (540,), window=260, heads=(2, 1, 8)),
     Case("shared prefix", (1, 1, 5, 1), (70, 66, 69, 80), shared_blocks=8),
+    Case("sinks, decode", (1, 1, 1, 1, 1), (5, 21, 22, 30, 190), window=21, sinks=4),
+    Case("sinks, decode of many", (1,) * 12, tuple(range(13, 400, 33)), window=16, sinks=16),
+    Case("sinks, mixed batch", (1, 50, 6, 1, 9, 40), (200, 50, 77, 3, 9, 133), window=13, sinks=5),
+    Case("sinks, whole prompt", (90,), (90,), window=17, sinks=9),
+    Case("sinks over several blocks", (1, 12), (150, 99), window=24, sinks=27),
+    Case("sinks wider than the window", (1, 7, 1), (12, 15, 60), window=4, sinks=24),
+    Case("sinks, a window of one", (1, 4), (9, 40), window=1, sinks=1),
+    Case("sinks, block of 1", (1, 3), (30, 27), block_size=1, window=5, sinks=3),
+    Case("sinks, several tiles", (530,), (600,), window=260, sinks=8, heads=(2, 1, 8)),
+    Case("sinks, odd heads", (1, 7, 1), (41, 60, 64), heads=(3, 1, 80), window=16, sinks=3),
 )
 
 
@@ -60,6 +71,7 @@ class Problem:
     layer: int
     block_tables: np.ndarray
     query: torch.Tensor  # [num_tokens, num_heads, head_dim]
+    sink_query: torch.Tensor  # the same shape: what scores the sinks
     key_value: torch.Tensor  # [num_tokens, 2 * num_kv_heads, head_dim], the step's own
     contexts: list[torch.Tensor]  # per sequence [context_len, 2, num_kv_heads, head_dim]
 
@@ -80,22 +92,36 @@ class Problem:
         """Write and attend with the kernels, in the cache's dtype on its device."""
         layer_kv = self.kv_cache[:, self.layer]
         lens, contexts = self.case.query_lens, self.case.context_lens
-        plan = kernels.plan_attention(self.kv_cache, lens, contexts, self.block_tables, windows=[self.case.window])
+        window, sinks = self.case.window, self.case.sinks
+        plan = kernels.plan_attention(
+            self.kv_cache,
+            lens,
+            contexts,
+            self.block_tables,
+            windows=[window],
+            sinks={window: sinks} if window is not None else None,
+        )
         kernels.write_kv(self.key_value, layer_kv, plan)
         scale = self.query.shape[2] ** -0.5
-        return kernels.attention(self.query, layer_kv, plan, scale=scale, window=self.case.window)
+        if window is None or not sinks:
+            return kernels.attention(self.query, layer_kv, plan, scale=scale, window=window)
+        return kernels.sink_attention(self.query, self.sink_query, layer_kv, plan, scale=scale, window=window)
 
     def expected(self) -> torch.Tensor:
         """[num_tokens, num_heads, head_dim] in float64 on the CPU."""
         num_heads, num_kv_heads, head_dim = self.case.heads
-        rows = iter(self.query.cpu().double())
+        rows = iter(zip(self.query.cpu().double(), self.sink_query.cpu().double(), strict=True))
+        grouped = (num_kv_heads, num_heads // num_kv_heads, head_dim)
         out = []
         for count, length, context in zip(self.case.query_lens, self.case.context_lens, self.contexts, strict=True):
             for position in range(length - count, length):
                 first = 0 if self.case.window is None else max(0, position - self.case.window + 1)
-                keys, values = context[first : position + 1].unbind(1)
-                query = next(rows).view(num_kv_heads, num_heads // num_kv_heads, head_dim)
-                scores = torch.einsum("hgd,lhd->hgl", query, keys) * head_dim**-0.5
+                sinks = min(self.case.sinks, first)
+                query, sink_query = (row.view(grouped) for row in next(rows))
+                keys, values = torch.cat((context[:sinks], context[first : position + 1])).unbind(1)
+                near = torch.einsum("hgd,lhd->hgl", query, keys[sinks:])
+                far = torch.einsum("hgd,lhd->hgl", sink_query, keys[:sinks])
+                scores = torch.cat((far, near), -1) * head_dim**-0.5
                 out.append(torch.einsum("hgl,lhd->hgd", scores.softmax(-1), values).reshape(num_heads, head_dim))
         return torch.stack(out)
 
@@ -127,4 +153,20 @@ def make_problem(case: Case, dtype: torch.dtype, device: str) -> Problem:
         contexts.append(context.double())
         steps.append(context[length - count :].flatten(1, 2))
     query = normal(sum(case.query_lens), num_heads, head_dim).to(device)
-    return Problem(case, kv_cache.to(device), layer, block_tables, query, torch.cat(steps).to(device), contexts)
+    sink_query = normal(*query.shape).to(device)
+    step = torch.cat(steps).to(device)
+    return Problem(case, kv_cache.to(device), layer, block_tables, query, sink_query, step, contexts)
+
+
+def leave_window(problem: Problem) -> int:
+    """Take away the blocks that no query of the step may read: NaN in the cache, a hole in the table. How many."""
+    case, taken = problem.case, 0
+    if case.window is None:
+        return 0
+    for table, count, length in zip(problem.block_tables, case.query_lens, case.context_lens, strict=True):
+        first = max(0, length - count - case.window + 1) // case.block_size
+        for index in range(-(-case.sinks // case.block_size), first):
+            problem.kv_cache[table[index]] = torch.nan
+            table[index] = -1
+            taken += 1
+    return taken

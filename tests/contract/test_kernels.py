@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tests.kernel_cases import CASES, Case, make_problem
+from tests.kernel_cases import CASES, Case, leave_window, make_problem
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -42,9 +44,25 @@ def test_a_sequence_alone_gives_the_same(case: Case) -> None:
     for row, (count, length) in enumerate(zip(case.query_lens, case.context_lens, strict=True)):
         rows = slice(first, first + count)
         alone = make_problem(case, torch.float32, "cpu")
-        alone.case = Case(case.name, (count,), (length,), case.heads, case.block_size, case.window)
+        alone.case = replace(case, query_lens=(count,), context_lens=(length,))
         alone.block_tables = together.block_tables[row : row + 1]
         alone.kv_cache = together.kv_cache
         alone.query, alone.key_value = together.query[rows], together.key_value[rows]
+        alone.sink_query = together.sink_query[rows]
         torch.testing.assert_close(alone.run(), result[rows], atol=2e-6, rtol=2e-6)
         first += count
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.window is not None], ids=str)
+def test_blocks_between_sinks_and_window_are_not_read(case: Case) -> None:
+    problem = make_problem(case, torch.float32, "cpu")
+    leave_window(problem)
+    torch.testing.assert_close(problem.run().double(), problem.expected(), atol=2e-6, rtol=2e-6)
+
+
+def test_some_cases_have_holes() -> None:
+    taken = {str(case): leave_window(make_problem(case, torch.float32, "cpu")) for case in CASES}
+    assert taken["window, mixed batch"] > 20
+    assert taken["sinks, mixed batch"] > 20
+    assert taken["sinks over several blocks"] > 5
+    assert taken["sinks, block of 1"] > 20

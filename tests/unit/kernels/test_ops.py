@@ -62,3 +62,21 @@ def test_copy_blocks_reads_before_it_writes(dtype: torch.dtype) -> None:
     before = cache.clone()
     kernels.copy_blocks(cache, torch.tensor([0, 1, 5]), torch.tensor([1, 3, 0]))
     assert torch.equal(cache, before[[5, 0, 2, 1, 4, 5]])
+
+
+def test_merged_states_are_the_softmax_over_all() -> None:
+    scores, values = 20 * normal(3, 5, 9), normal(5, 9, 8)
+    cuts = [slice(0, 4), slice(4, 5), slice(5, 9)]
+    parts = torch.stack([scores[..., cut].softmax(-1) @ values[:, cut] for cut in cuts])
+    states = torch.stack([scores[..., cut].logsumexp(-1) for cut in cuts])
+    expected = scores.softmax(-1) @ values
+    torch.testing.assert_close(kernels.merge_states(parts, states), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_empty_parts_add_nothing() -> None:
+    parts = normal(3, 4, 8)
+    states = torch.tensor([[1.0, -torch.inf, -torch.inf, -900.0]] * 3)
+    states[1:, :] = -torch.inf
+    states[2, 1] = 5
+    merged = kernels.merge_states(parts, states)
+    torch.testing.assert_close(merged, torch.stack([parts[0, 0], parts[2, 1], torch.zeros(8), parts[0, 3]]))

@@ -77,3 +77,30 @@ def test_windows_of_several_layers_share_one_plan() -> None:
 def test_impossible_lengths_are_refused(query_lens: list[int], context_lens: list[int]) -> None:
     with pytest.raises(ValueError):
         kernels.plan_attention(CACHE, query_lens, context_lens, np.zeros((1, 2), dtype=np.int64))
+
+
+def test_sinks_are_planned_for_sequences_past_the_window_only() -> None:
+    tables = np.arange(3 * 64, dtype=np.int64).reshape(3, 64)
+    made = kernels.plan_attention(CACHE, [1, 1, 8], [1000, 32, 36], tables, windows=[32], sinks={32: 20})
+    assert [group.gather.num_rows for group in made.work[32].decode] == [1]
+    assert not made.work[32].prefill
+    work = made.sink_work[32]
+    assert [group.gather.length for group in work.window.decode] == [48]
+    assert [group.gather.length for group in work.sinks.decode] == [32]  # 20 positions, in two blocks
+    (tile,) = work.sinks.prefill[0].tiles
+    assert (tile.tokens, tile.keys) == (slice(6, 10), slice(0, 4))  # positions 32 to 35, which left 0 to 3 behind
+
+
+def test_without_a_longer_sequence_sinks_cost_nothing() -> None:
+    tables = np.arange(64, dtype=np.int64)[None]
+    assert kernels.plan_attention(CACHE, [1], [32], tables, windows=[32], sinks={32: 4}).sink_work == {}
+
+
+@pytest.mark.parametrize("hole", [0, 60, 62])
+def test_a_hole_where_it_is_read_or_written_is_refused(hole: int) -> None:
+    tables = np.arange(64, dtype=np.int64)[None]
+    tables[0, 1:60] = -1
+    kernels.plan_attention(CACHE, [1], [1000], tables, windows=[32], sinks={32: 16})
+    tables[0, hole] = -1
+    with pytest.raises(ValueError, match="hole"):
+        kernels.plan_attention(CACHE, [1], [1000], tables, windows=[32], sinks={32: 16})
