@@ -10,7 +10,9 @@ import logging
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -19,6 +21,7 @@ from kvstore.events import Event
 from kvstore.scope import Region, ScopeRoot
 from pando.errors import ConfigError
 from worker.batch import Batch, SamplingParams
+from worker.holdings import Holdings, PinRequest, PurgeCount
 from worker.runner import Runner
 from worker.scheduler import Scheduler
 from worker.sequence import SequenceOutput, SequenceRequest
@@ -60,9 +63,24 @@ class StepReport:
     num_preemptions: int
 
 
+class EngineStopped(RuntimeError):
+    """The engine's thread has ended and does nothing any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Cancel:
     sequence_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Unpin:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Purge:
+    roots: frozenset[ScopeRoot]
+    answer: Future[PurgeCount]
 
 
 class _Drain:
@@ -73,7 +91,7 @@ class _Stop:
     """End the thread."""
 
 
-_Work = SequenceRequest | _Cancel | _Drain | _Stop
+_Work = SequenceRequest | _Cancel | PinRequest | _Unpin | _Purge | _Drain | _Stop
 OnStep = Callable[[StepReport], None]
 
 
@@ -114,6 +132,7 @@ class Engine:
         scheduler: Scheduler,
         on_step: OnStep,
         *,
+        holdings: Holdings | None = None,
         on_broken: Callable[[], None] = lambda: None,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -121,6 +140,7 @@ class Engine:
         self._runner = runner
         self._pool = pool
         self._scheduler = scheduler
+        self._holdings = holdings or Holdings(pool)
         self._on_step = on_step
         self._on_broken = on_broken
         self._work: SimpleQueue[_Work] = SimpleQueue()
@@ -130,6 +150,7 @@ class Engine:
         self._stopping = False
         self._warm = threading.Event()
         self._failed = False
+        self._over = False
         self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
 
     # From any thread
@@ -149,6 +170,22 @@ class Engine:
         """End a sequence before the next step; no-op for one that has ended."""
         self._work.put(_Cancel(sequence_id))
 
+    def pin(self, request: PinRequest) -> None:
+        """Keep a published prefix, as far as it is cached."""
+        self._work.put(request)
+
+    def unpin(self, name: str) -> None:
+        """Give up a pin; no-op for one that is over."""
+        self._work.put(_Unpin(name))
+
+    def purge(self, roots: Iterable[ScopeRoot]) -> Future[PurgeCount]:
+        """Forget all blocks of these owners and end their sequences. The answer may be `EngineStopped`."""
+        purge = _Purge(frozenset(roots), Future())
+        self._work.put(purge)
+        if self._over:
+            self._refuse_rest()
+        return purge.answer
+
     def drain(self) -> None:
         """Reject requests from now on; those taken before go on."""
         self._work.put(_Drain())
@@ -164,6 +201,7 @@ class Engine:
     def step(self) -> bool:
         """Take queued work, then schedule, run, finish; whether a batch ran."""
         self._take_queued()
+        self._holdings.expire(self.clock())
         batch = self._scheduler.schedule(self.clock())
         seconds = self._run(batch) if batch is not None else 0.0
         self._finish(batch, seconds)
@@ -226,9 +264,17 @@ class Engine:
     def _take(self, work: _Work) -> None:
         match work:
             case SequenceRequest():
+                self._holdings.admit(work.owner, work.publishers, work.quota)
                 self._scheduler.submit(work, self.clock())
             case _Cancel():
                 self._scheduler.cancel(work.sequence_id)
+            case PinRequest():
+                self._holdings.pin(work, self.clock())
+            case _Unpin():
+                self._holdings.unpin(work.name)
+            case _Purge():
+                self._scheduler.cancel_owners(work.roots)
+                work.answer.set_result(self._holdings.purge(work.roots))
             case _Drain():
                 self._scheduler.draining = True
             case _Stop():
@@ -249,6 +295,17 @@ class Engine:
         except Exception:  # the end of the thread: a broken invariant stops the worker
             logger.exception("the engine is broken and stops")
             self._break_down()
+        finally:
+            self._over = True
+            self._refuse_rest()
+
+    def _refuse_rest(self) -> None:
+        """Answer those who wait for an answer that nobody will give."""
+        with suppress(Empty):
+            while True:
+                work = self._work.get_nowait()
+                if isinstance(work, _Purge):
+                    work.answer.set_exception(EngineStopped())
 
     def _idle(self) -> None:
         """Sleep until there is work, after the last load is said and the pool has been looked over."""
@@ -260,7 +317,8 @@ class Engine:
         if self.clock() - self._checked_at >= CHECK_INTERVAL_S:
             self._pool.check()
             self._checked_at = self.clock()
-        self._take(self._work.get())
+        with suppress(Empty):
+            self._take(self._work.get(timeout=CHECK_INTERVAL_S if self._holdings.num_pins else None))
 
     def _break_down(self) -> None:
         """Fail what is there without touching the pool, which cannot be trusted any more."""

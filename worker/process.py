@@ -24,6 +24,7 @@ from kvstore.redis_index import RedisIndexWriter
 from pando.errors import ConfigError
 from pando.settings import WorkerSettings
 from worker.engine import Engine, StepReport
+from worker.holdings import Holdings
 from worker.metrics import StepMetrics
 from worker.publisher import Publisher
 from worker.runner import ModelSpec, Runner
@@ -112,8 +113,9 @@ class WorkerProcess:
         epoch = _take_epoch(self._redis, settings)
         pool = BlockPool(spec.num_blocks, spec.block_size, reuse=settings.prefix_cache == "on")
         metrics = StepMetrics(self._on_step, model=spec.name, worker=settings.worker_id)
-        scheduler = Scheduler(pool, _limits(settings, spec))
-        self._engine = Engine(self._runner, pool, scheduler, metrics, on_broken=self._on_broken)
+        holdings = Holdings(pool)
+        scheduler = Scheduler(pool, _limits(settings, spec), holdings=holdings)
+        self._engine = Engine(self._runner, pool, scheduler, metrics, holdings=holdings, on_broken=self._on_broken)
         self._loop = _LoopThread()
         identity = _identity(settings, spec, epoch)
         self._server = self._loop.call(_make_server(self._engine, identity))

@@ -8,31 +8,49 @@ blocks holds none and keeps nobody behind it from running.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 from kvstore.block_pool import BlockPool
 from kvstore.block_table import BlockTable
-from worker.batch import Batch, BlockCopy, ScheduledSequence
+from kvstore.scope import ScopeRoot
+from kvstore.tiers import Attached, Tiers
+from worker.batch import Batch
+from worker.holdings import Holdings
 from worker.sequence import AdmissionFacts, Finish, Sequence, SequenceOutput, SequenceRequest, State
+from worker.step_plan import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """`max_batch_tokens` is the token budget of a step."""
+    """`max_batch_tokens` is the token budget of a step.
+
+    With a `window`, a token reads that many positions up to its own and the first `sinks`: sequences give back the others.
+    """
 
     max_batch_tokens: int
     max_sequences: int
     max_waiting: int
     max_model_len: int
+    window: int | None = None
+    sinks: int = 0
 
 
 class Scheduler:
     """All sequences of a worker from submit to finish. Outputs collect inside until `take_outputs`."""
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        limits: SchedulerLimits,
+        *,
+        holdings: Holdings | None = None,
+        tiers: Tiers | None = None,
+    ) -> None:
         self._pool = pool
         self._limits = limits
+        self._holdings = holdings or Holdings(pool, tiers)
+        self._tiers = tiers
         self._sequences: dict[int, Sequence] = {}
         self._waiting: list[Sequence] = []  # by Sequence.order, as is _running
         self._running: list[Sequence] = []
@@ -67,6 +85,11 @@ class Scheduler:
         sequence = self._sequences.get(sequence_id)
         if sequence is not None:
             self._end(sequence, sequence.end(Finish.CANCELLED))
+
+    def cancel_owners(self, owners: Set[ScopeRoot]) -> None:
+        """End all sequences of these owners."""
+        for sequence in [one for one in self._sequences.values() if one.request.owner in owners]:
+            self._end(sequence, sequence.end(Finish.CANCELLED, "PURGED"))
 
     def fail_all(self, reason: str) -> None:
         """End every sequence with an error."""
@@ -113,7 +136,7 @@ class Scheduler:
         """
         self._expire(now)
         preempted = self.num_preemptions
-        step = _Step(self._limits.max_batch_tokens)
+        step = StepPlan(self._limits.max_batch_tokens)
         index = 0
         while step.budget and index < len(self._running) and self._grow(self._running[index], step):
             step.add(self._running[index])
@@ -131,9 +154,10 @@ class Scheduler:
         for share in batch.sequences:
             sequence = self._sequences[share.sequence_id]
             sequence.num_computed_tokens += len(share.token_ids)
-            table = _table(sequence)
+            table = sequence.blocks
             table.copies_done()
             table.seal(sequence.token_ids, sequence.num_computed_tokens)
+            self._leave_window(sequence)
             if share.sampling is not None:
                 for one in (sequence, *self._fork(sequence)):
                     self._emit(one, one.append(next(sampled)))
@@ -161,10 +185,15 @@ class Scheduler:
     def _refusal(self, sequence: Sequence) -> str:
         if self.draining:
             return "DRAINING"
-        if sequence.max_num_tokens > self._limits.max_model_len:
-            return "CONTEXT_LENGTH"
+        limits, size = self._limits, self._pool.block_size
         # The last token is never computed, so it needs no slot.
-        if -(-(sequence.max_num_tokens - 1) // self._pool.block_size) > self._pool.num_blocks:
+        num_positions = sequence.max_num_tokens - 1
+        if sequence.max_num_tokens > limits.max_model_len:
+            return "CONTEXT_LENGTH"
+        if limits.window is not None:
+            # What is sealed is given back at once, when a window and a step more have been computed.
+            num_positions = min(num_positions, limits.sinks + 2 * (limits.window + limits.max_batch_tokens + size))
+        if -(-num_positions // size) > self._pool.num_blocks:
             return "KV_CAPACITY"
         if len(self._waiting) >= self._limits.max_waiting:
             return "QUEUE_FULL"
@@ -177,22 +206,27 @@ class Scheduler:
 
     # Running
 
-    def _grow(self, sequence: Sequence, step: _Step) -> bool:
+    def _grow(self, sequence: Sequence, step: StepPlan) -> bool:
         """Blocks for all its tokens, and those of its share its own to write; the last ones give theirs up if need be.
 
         False: it had to give up its own.
         """
-        table, end = _table(sequence), step.end_of(sequence)
+        table, end = sequence.blocks, step.end_of(sequence)
         while not (table.reserve(len(sequence.token_ids)) and table.prepare_write(sequence.num_computed_tokens, end)):
-            victim = self._running[-1]
+            victim = next(one for one in reversed(self._running) if one is sequence or self._is_over_floor(one))
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
 
+    def _is_over_floor(self, sequence: Sequence, num_tokens: int = 0) -> bool:
+        """Whether its owner holds what is not its own, or would with blocks for so many tokens more."""
+        owner = self._pool.account(sequence.request.owner)
+        return owner.held + -(-num_tokens // self._pool.block_size) > owner.floor
+
     def _preempt(self, sequence: Sequence) -> None:
         """Back to its place in the queue; its full blocks stay cached, so coming back costs what is left of them."""
-        self._running.pop()
+        _remove(self._running, sequence)
         self._release(sequence)
         sequence.num_computed_tokens = 0
         sequence.state = State.WAITING
@@ -205,7 +239,7 @@ class Scheduler:
         for fork in forks:
             fork.follow(sequence)
             if len(self._running) < self._limits.max_sequences:
-                fork.table = _table(sequence).fork(sequence.num_computed_tokens)
+                fork.table = sequence.blocks.fork(sequence.num_computed_tokens)
                 fork.num_computed_tokens = sequence.num_computed_tokens
                 fork.state = State.RUNNING
                 insort(self._running, fork, key=_order)
@@ -218,18 +252,25 @@ class Scheduler:
     def _admissions(self, now: float) -> Iterator[Sequence]:
         """Admit from the queue, in order, what gets blocks for all its tokens, so that it can finish its prompt.
 
-        Those that wait for another sequence are passed by, and those that find they have to.
+        Those that wait for another sequence are passed by, and those that find they have to. Behind one that does not
+        fit goes only who takes what is its own.
         """
+        blocked = False
+        loading = 0
         for sequence in self._waiting.copy():
-            if len(self._running) >= self._limits.max_sequences or self._still_blocked(sequence):
+            full = len(self._running) + loading >= self._limits.max_sequences
+            if full or (blocked and not self._holdings.has_floors):
                 return
-            if sequence.wait is not None and not sequence.wait.ready:
+            loading += sequence.load is not None and not sequence.load.done
+            if sequence.must_wait or (blocked and self._is_over_floor(sequence, len(sequence.token_ids))):
                 continue
-            if self._attach(sequence, now):
+            if not self._is_blocked(sequence) and self._attach(sequence, now):
                 self._admit(sequence)
                 yield sequence
-            elif sequence.wait is None:
-                return
+            elif sequence.must_wait:
+                loading += sequence.load is not None
+            else:
+                blocked = True
 
     def _admit(self, sequence: Sequence) -> None:
         self._blocked = None
@@ -237,28 +278,68 @@ class Scheduler:
         sequence.state = State.RUNNING
         insort(self._running, sequence, key=_order)
 
-    def _still_blocked(self, sequence: Sequence) -> bool:
-        if self._blocked is None or self._blocked[0] != sequence.id:
+    def _is_blocked(self, sequence: Sequence) -> bool:
+        """Whether it did not fit and nothing has come free since."""
+        if self._blocked is None or self._blocked[0] != sequence.id or not self._running:
             return False
         return self._pool.num_available <= self._blocked[1]
 
     def _attach(self, sequence: Sequence, now: float) -> bool:
-        """Find the cached prefix and take blocks for the rest. On False nothing is held: with `wait`, because another
-        sequence is at what comes next, else because there are too few blocks."""
-        table = BlockTable(self._pool, sequence.request.regions, no_store=sequence.request.no_store)
-        cached = table.attach_prefix(sequence.token_ids, len(sequence.token_ids) - 1)
-        sequence.wait = table.pending
-        if sequence.wait is not None or not table.reserve(len(sequence.token_ids)):
-            table.release()
-            if sequence.wait is None:
-                self._blocked = (sequence.id, self._pool.num_available)
+        """Find the cached prefix and take blocks for the rest. On False nothing is held, unless it has to wait for a load
+        into blocks of its own."""
+        if sequence.table is None and not self._find_prefix(sequence):
             return False
-        sequence.table = table
-        sequence.num_computed_tokens = cached
+        table = sequence.blocks
+        if sequence.load is not None:
+            sequence.num_computed_tokens += sequence.load.num_loaded
+        while not table.reserve(self._reach(sequence, sequence.num_computed_tokens + self._limits.max_batch_tokens)):
+            if self._running or not self._holdings.give_way():
+                self._blocked = (sequence.id, self._pool.num_available)
+                self._release(sequence)
+                return False
+        self._leave_window(sequence)
         if sequence.admission is None:
-            copied = int(cached % self._pool.block_size > 0)
-            sequence.admission = AdmissionFacts(cached, table.cached_published, now - sequence.queued_at, copied)
+            sequence.admission = self._facts(sequence, now)
+        sequence.load = None
         return True
+
+    def _find_prefix(self, sequence: Sequence) -> bool:
+        """Hold the cached prefix; False if the sequence has to wait, for another one or for a load."""
+        table = BlockTable(self._pool, sequence.request.regions, no_store=sequence.request.no_store)
+        limit = len(sequence.token_ids) - 1
+        if self._tiers is None:
+            found = Attached(table.attach_prefix(sequence.token_ids, limit))
+        else:
+            found = self._tiers.attach_prefix(table, sequence.token_ids, limit)
+        sequence.wait = table.pending
+        if sequence.wait is not None:
+            table.release()
+            return False
+        sequence.table, sequence.load = table, found.load
+        sequence.num_computed_tokens = found.num_tokens
+        return not sequence.must_wait
+
+    def _facts(self, sequence: Sequence, now: float) -> AdmissionFacts:
+        cached, load, table = sequence.num_computed_tokens, sequence.load, sequence.blocks
+        loaded, published = (load.num_loaded, load.num_published) if load is not None else (0, 0)
+        return AdmissionFacts(
+            cached_device_tokens=cached - loaded,
+            cached_cpu_tokens=loaded,
+            cached_published_tokens=table.cached_published + published,
+            queue_s=now - sequence.queued_at,
+            blocks_copied=int(cached % self._pool.block_size > 0),
+        )
+
+    def _reach(self, sequence: Sequence, end: int) -> int:
+        """Up to where a sequence gets blocks: all its tokens, or, where a window gives others back, to `end`."""
+        num_tokens = len(sequence.token_ids)
+        return num_tokens if self._limits.window is None else min(num_tokens, end)
+
+    def _leave_window(self, sequence: Sequence) -> None:
+        """Give back blocks that no token to come will read."""
+        if self._limits.window is not None:
+            first = sequence.num_computed_tokens - self._limits.window + 1
+            sequence.blocks.release_before(max(first, 0), sinks=self._limits.sinks)
 
     # Ends
 
@@ -294,7 +375,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         if sequence.table is not None:
             sequence.table.release()
-            sequence.table = None
+            sequence.table = sequence.load = None
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:
@@ -305,45 +386,3 @@ def _remove(ordered: list[Sequence], sequence: Sequence) -> None:
     index = bisect_left(ordered, sequence.order, key=_order)
     if index < len(ordered) and ordered[index] is sequence:
         del ordered[index]
-
-
-def _table(sequence: Sequence) -> BlockTable:
-    assert sequence.table is not None, "a running sequence has a block table"
-    return sequence.table
-
-
-class _Step:
-    """A batch in the making: shares under a budget of tokens, and the copies that come before them."""
-
-    __slots__ = ("_copies", "_shares", "budget")
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self._shares: list[ScheduledSequence] = []
-        self._copies: list[BlockCopy] = []
-
-    def end_of(self, sequence: Sequence) -> int:
-        """Where the sequence's share of what is left of the budget ends."""
-        return min(sequence.num_computed_tokens + self.budget, len(sequence.token_ids))
-
-    def add(self, sequence: Sequence) -> None:
-        """Give the sequence its share."""
-        start, end = sequence.num_computed_tokens, self.end_of(sequence)
-        table, last = _table(sequence), end == len(sequence.token_ids)
-        self.budget -= end - start
-        self._copies += [BlockCopy(*order) for order in table.take_copies()]
-        self._shares.append(
-            ScheduledSequence(
-                sequence_id=sequence.id,
-                token_ids=sequence.token_ids[start:end],
-                start=start,
-                block_ids=table.block_ids,
-                sampling=sequence.request.sampling if last else None,
-                banned_token_ids=sequence.banned_token_ids if last else (),
-                fork_sampling=tuple(fork.request.sampling for fork in sequence.forks) if last else (),
-            )
-        )
-
-    def batch(self) -> Batch | None:
-        """The batch, if there is anything in it."""
-        return Batch(tuple(self._shares), tuple(self._copies)) if self._shares else None

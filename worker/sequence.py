@@ -12,8 +12,10 @@ from enum import Enum, auto
 
 from kvstore.block_table import BlockTable
 from kvstore.flights import Wait
-from kvstore.scope import Region
+from kvstore.scope import Region, ScopeRoot
+from kvstore.tiers import Load
 from worker.batch import SamplingParams
+from worker.holdings import OwnerQuota, Publishers
 
 
 class State(Enum):
@@ -61,6 +63,13 @@ class SequenceRequest:
     deadline: float | None = None
     no_store: bool = False
     forks: tuple[Fork, ...] = ()
+    publishers: Publishers = ()
+    quota: OwnerQuota | None = None
+
+    @property
+    def owner(self) -> ScopeRoot:
+        """Who asks: the scope that belongs to it alone."""
+        return self.regions[-1].root
 
     def fork(self, fork: Fork) -> SequenceRequest:
         """The request that a fork stands for."""
@@ -76,6 +85,7 @@ class AdmissionFacts:
     cached_published_tokens: int
     queue_s: float
     blocks_copied: int = 0
+    cached_cpu_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +109,7 @@ class Sequence:
         "admission",
         "arrival",
         "forks",
+        "load",
         "num_computed_tokens",
         "num_prompt_tokens",
         "origin",
@@ -121,6 +132,8 @@ class Sequence:
         self.table: BlockTable | None = None
         self.wait: Wait | None = None
         """While it waits: for what another sequence is about to compute or load."""
+        self.load: Load | None = None
+        """While it waits: blocks of its own on their way from the CPU tier."""
         self.admission: AdmissionFacts | None = None
         self.forks: list[Sequence] = []
         """Until its prompt is computed: those that go on from there with it; `origin` leads back."""
@@ -130,6 +143,17 @@ class Sequence:
     @property
     def id(self) -> int:
         return self.request.sequence_id
+
+    @property
+    def blocks(self) -> BlockTable:
+        """The table of a sequence that runs."""
+        assert self.table is not None, "a running sequence has a block table"
+        return self.table
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether another try to admit it has no sense yet."""
+        return (self.wait is not None and not self.wait.ready) or (self.load is not None and not self.load.done)
 
     @property
     def order(self) -> tuple[int, int]:

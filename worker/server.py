@@ -1,18 +1,16 @@
 """The worker's end of the link: gRPC sessions of routers on one side, the engine's queue on the other.
 
-Knows no text and no tenant. All of it lives on one event loop; the engine's thread enters by `deliver`, once a step.
-A sequence belongs to one session and dies with it.
+Knows no text and no tenant; `link_messages` reads and writes what crosses the wire. All of it lives on one event loop;
+the engine's thread enters by `deliver`, once a step. A sequence belongs to one session and dies with it, a pin does not.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import socket
-from array import array
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any, TypeAlias
 
 import grpc
@@ -20,14 +18,13 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvstore.events import Event, EventBatch, encode
-from kvstore.scope import Region, ScopeRoot, check_regions
 from pando.errors import ConfigError, InvalidRequest
 from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
-from worker.batch import SamplingParams
-from worker.engine import Engine, Load, StepReport
-from worker.sequence import AdmissionFacts, Finish, SequenceOutput, SequenceRequest
-from worker.session import Attempt, News, RouterSession
+from worker.engine import Engine, EngineStopped, Load, StepReport
+from worker.link_messages import pin_request, purge_roots, sequence_request, worker_messages
+from worker.sequence import Finish, SequenceOutput
+from worker.session import Attempt, RouterSession
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
@@ -50,15 +47,6 @@ SERVER_OPTIONS = (
     ("grpc.http2.ping_timeout_ms", 4_000),
     ("grpc.so_reuseport", 0),
 )
-
-_FINISH = {
-    Finish.STOP: pb.FINISH_STOP,
-    Finish.LENGTH: pb.FINISH_LENGTH,
-    Finish.CANCELLED: pb.FINISH_CANCELLED,
-    Finish.ERROR: pb.FINISH_ERROR,
-    Finish.DEADLINE: pb.FINISH_DEADLINE,
-    Finish.REJECTED: pb.FINISH_REJECTED,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +85,7 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
         self._origins: dict[int, _Origin] = {}
         self._none_left = asyncio.Event()
         self._none_left.set()
-        self._next_id = 0
+        self._ids = count(1)
         self._seq = 0
         self._load = Load(device_blocks=identity.device_blocks)
         self._draining = False
@@ -154,6 +142,15 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
 
     async def FetchBlocks(self, request: pb.FetchBlocksRequest, context: Context) -> None:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this worker does not hand out blocks")
+
+    async def Purge(self, request: pb.PurgeRequest, context: Context) -> pb.PurgeResponse:
+        try:
+            count = await asyncio.wrap_future(self._engine.purge(purge_roots(request)))
+        except InvalidRequest:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a scope root has 16 bytes")
+        except EngineStopped:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker stops")
+        return pb.PurgeResponse(**asdict(count))
 
     async def drain(self, timeout_s: float | None) -> tuple[int, int]:
         """Take no more requests and wait for the running ones; how many finished and how many were cancelled."""
@@ -227,26 +224,40 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
                 self._submit(session, message.submit)
             case "cancel" if message.cancel.sequence in session.engine_ids:
                 self._engine.cancel(session.engine_ids[message.cancel.sequence])
+            case "pin":
+                self._pin(message.pin, session)
+            case "unpin":
+                self._engine.unpin(message.unpin.prefix.hex())
             case "ping":
                 session.add_pong(message.ping.nonce)
 
     def _submit(self, session: RouterSession, submit: pb.Submit) -> None:
-        self._next_id += 1
-        attempt = Attempt(submit.sequence, submit.attempt)
-        reason = "DRAINING" if self._draining else "MALFORMED" if submit.sequence in session.engine_ids else ""
+        """Hand a Submit to the engine: one sequence, or several that have their prompt in common."""
+        numbers = [submit.sequence, *(fork.sequence for fork in submit.forks)]
+        engine_ids = [next(self._ids) for _ in numbers]
+        taken = len(set(numbers)) < len(numbers) or not session.engine_ids.keys().isdisjoint(numbers)
+        reason = "DRAINING" if self._draining else "MALFORMED" if taken else ""
         if not reason:
             try:
-                request = sequence_request(submit, self._next_id, self._identity.vocab_size, self._engine.clock())
+                request = sequence_request(submit, engine_ids, self._identity.vocab_size, self._engine.clock())
             except InvalidRequest as error:
                 reason = error.reason
-        if reason:
-            rejected = SequenceOutput(self._next_id, 0, finish=Finish.REJECTED, reason=reason)
-            session.add_output(attempt, rejected)
-            return
-        session.engine_ids[submit.sequence] = self._next_id
-        self._origins[self._next_id] = _Origin(session, attempt)
-        self._none_left.clear()
-        self._engine.submit(request)
+        for number, engine_id in zip(numbers, engine_ids, strict=True):
+            attempt = Attempt(number, submit.attempt)
+            if reason:
+                session.add_output(attempt, SequenceOutput(engine_id, 0, finish=Finish.REJECTED, reason=reason))
+            else:
+                session.engine_ids[number] = engine_id
+                self._origins[engine_id] = _Origin(session, attempt)
+        if not reason:
+            self._none_left.clear()
+            self._engine.submit(request)
+
+    def _pin(self, pin: pb.Pin, session: RouterSession) -> None:
+        try:
+            self._engine.pin(pin_request(pin, self._identity.vocab_size))
+        except InvalidRequest:
+            logger.warning("router %r sent a pin that makes no sense", session.router)
 
     def _close(self, session: RouterSession) -> None:
         """Its sequences are nobody's now: end them."""
@@ -296,95 +307,5 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
 
 async def _write(session: RouterSession, context: Context) -> None:
     while True:
-        for message in _messages(await session.news()):
+        for message in worker_messages(await session.news()):
             await context.write(message)
-
-
-def sequence_request(submit: pb.Submit, engine_id: int, vocab_size: int, now: float) -> SequenceRequest:
-    """The request in a Submit; `InvalidRequest` when it makes no sense, whatever a router sends."""
-    token_ids = array("I", submit.token_ids)
-    _require(0 < submit.num_prompt_tokens <= len(token_ids))
-    _require(max(token_ids) < vocab_size)
-    return SequenceRequest(
-        sequence_id=engine_id,
-        token_ids=token_ids,
-        num_prompt_tokens=submit.num_prompt_tokens,
-        regions=_regions(submit),
-        sampling=_sampling(submit.sampling, vocab_size),
-        priority=submit.priority,
-        deadline=now + submit.deadline_ms / 1e3 if submit.deadline_ms else None,
-        no_store=submit.no_store,
-    )
-
-
-def _regions(submit: pb.Submit) -> tuple[Region, ...]:
-    regions = tuple(Region(ScopeRoot(region.scope_root), region.end or None) for region in submit.regions)
-    try:
-        check_regions(regions)
-    except ValueError as error:
-        raise _malformed() from error
-    # A shared scope never reaches over what was generated.
-    _require(all(region.end is None or region.end <= submit.num_prompt_tokens for region in regions))
-    return regions
-
-
-def _sampling(message: pb.SamplingParams, vocab_size: int) -> SamplingParams:
-    _require(message.max_tokens > 0 and message.min_tokens <= message.max_tokens)
-    _require(math.isfinite(message.temperature) and message.temperature >= 0)
-    _require(0 <= message.top_p <= 1 and 0 <= message.min_p <= 1)
-    _require(all(token_id < vocab_size for token_id in message.stop_token_ids))
-    if message.presence_penalty or message.frequency_penalty or message.repetition_penalty not in (0, 1):
-        raise InvalidRequest("this worker knows no penalties", reason="UNSUPPORTED")
-    return SamplingParams(
-        max_tokens=message.max_tokens,
-        min_tokens=message.min_tokens,
-        temperature=message.temperature,
-        top_k=message.top_k,
-        top_p=message.top_p or 1.0,
-        min_p=message.min_p,
-        seed=message.seed,
-        stop_token_ids=tuple(message.stop_token_ids),
-    )
-
-
-def _require(fact: bool) -> None:
-    if not fact:
-        raise _malformed()
-
-
-def _malformed() -> InvalidRequest:
-    return InvalidRequest("the request makes no sense", reason="MALFORMED")
-
-
-def _messages(news: News) -> Iterator[pb.WorkerMessage]:
-    for nonce in news.pongs:
-        yield pb.WorkerMessage(pong=pb.Pong(nonce=nonce))
-    if news.outputs:
-        outputs = [_output_message(attempt, output) for attempt, output in news.outputs.items()]
-        yield pb.WorkerMessage(step=pb.StepOutput(sequences=outputs))
-    if news.events:
-        yield pb.WorkerMessage(events=pb.Events(batches=news.events))
-    if news.load is not None:
-        yield pb.WorkerMessage(load=pb.Load(**asdict(news.load)))
-
-
-def _output_message(attempt: Attempt, output: SequenceOutput) -> pb.SequenceOutput:
-    return pb.SequenceOutput(
-        sequence=attempt.sequence,
-        attempt=attempt.attempt,
-        first_index=output.first_index,
-        token_ids=output.token_ids,
-        finish=_FINISH[output.finish] if output.finish else pb.FINISH_NONE,
-        admission=_admission_message(output.admission) if output.admission else None,
-        stop_token_id=output.stop_token_id or 0,
-        reason=output.reason,
-    )
-
-
-def _admission_message(facts: AdmissionFacts) -> pb.Admission:
-    return pb.Admission(
-        cached_device_tokens=facts.cached_device_tokens,
-        cached_published_tokens=facts.cached_published_tokens,
-        blocks_copied=facts.blocks_copied,
-        queue_ms=facts.queue_s * 1e3,
-    )
