@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from pando.model_folder import resolve_model
 from pando.settings import WorkerSettings
 from worker import kv_cache, sampler
 from worker.batch import Batch, BlockCopy
-from worker.models.config import ModelConfig, read_config
+from worker.cpu_tier import CpuTier
+from worker.models.config import ModelConfig, read_config, with_window
 from worker.models.decoder import Decoder, load_decoder
 from worker.runner import ModelSpec
 from worker.sampler import Draw
@@ -35,6 +36,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 # One more CPU thread for so many bytes of weights.
 BYTES_PER_THREAD = 64 * 1024 * 1024
 
+# The longest sequence where attention has a window: rotary angles stay exact far beyond it.
+ENDLESS = 1 << 30
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -43,7 +47,7 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
     folder = resolve_model(settings.model)
-    config = read_config(folder)
+    config = _config(settings, folder)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or _worthwhile_threads(folder, available=_cores()))
     with torch.inference_mode(), Checkpoint(folder, device=device, dtype=dtype) as checkpoint:
@@ -57,20 +61,30 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
         eos_token_ids=config.eos_token_ids,
         num_blocks=cache.num_blocks,
         block_size=settings.block_size,
+        window=config.num_kept,
+        sinks=config.sinks,
     )
+    mover = None
+    if settings.cpu_blocks:
+        mover = CpuTier(cache.blocks, settings.cpu_blocks, cpu_dtype=settings.cpu_kv_dtype)
     log.info("loaded %s on %s as %s with %d KV blocks", config.architecture, device, dtype, cache.num_blocks)
-    return ModelRunner(decoder, cache, spec)
+    return ModelRunner(decoder, cache, spec, mover)
 
 
 class ModelRunner:
     """Executes batches one after the other on one device, from one thread."""
 
-    def __init__(self, decoder: Decoder, cache: kv_cache.KVCache, spec: ModelSpec) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: kv_cache.KVCache, spec: ModelSpec, mover: CpuTier | None = None
+    ) -> None:
         self.spec = spec
+        self.mover = mover
         self._decoder: Decoder | None = decoder
         self._cache: kv_cache.KVCache | None = cache
         self._device = cache.blocks.device
-        self._windows = tuple(dict.fromkeys(decoder.config.windows))
+        config = decoder.config
+        self._windows = tuple(dict.fromkeys(config.windows))
+        self._sinks = {} if config.sink_window is None else {config.sink_window: config.sinks}
 
     @torch.inference_mode()
     def execute(self, batch: Batch) -> list[int]:
@@ -90,7 +104,9 @@ class ModelRunner:
         return self.decoder.logits(hidden).cpu()
 
     def close(self) -> None:
-        """Free weights and cache. The runner must not be used after."""
+        """Free weights and cache, CPU memory too. The runner must not be used after."""
+        if self.mover is not None:
+            self.mover.close()
         self._decoder = None
         self._cache = None
         if self._device.type == "cuda":
@@ -111,10 +127,17 @@ class ModelRunner:
 
     def _hidden(self, batch: Batch, inputs: _Inputs, rows: Ints | None) -> torch.Tensor:
         cache = self.cache
-        if batch.copies:
-            self._copy(cache, batch.copies)
+        if self.mover is not None:
+            self.mover.before_writes(_written(batch, self.spec.block_size))
+        for copies in _independent(batch.copies):
+            self._copy(cache, copies)
         plan = kernels.plan_attention(
-            cache.blocks, inputs.query_lens, inputs.context_lens, inputs.block_tables, windows=self._windows
+            cache.blocks,
+            inputs.query_lens,
+            inputs.context_lens,
+            inputs.block_tables,
+            windows=self._windows,
+            sinks=self._sinks,
         )
         return self.decoder.hidden(
             self._tensor(inputs.token_ids),
@@ -137,9 +160,14 @@ class ModelRunner:
         context_lens = starts + query_lens
         query_ends = np.cumsum(query_lens)
         widths = (-(-context_lens // self.spec.block_size)).tolist()
-        block_tables = np.zeros((len(sequences), max(widths)), dtype=np.int64)
+        block_tables = np.full((len(sequences), max(widths)), -1, dtype=np.int64)
         for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
-            block_tables[row, :width] = sequence.block_ids[:width]
+            sinks, first = self._read_blocks(sequence.start)
+            if first > sinks:
+                block_tables[row, :sinks] = sequence.block_ids[:sinks]
+            else:
+                first = 0
+            block_tables[row, first:width] = sequence.block_ids[first:width]
         return _Inputs(
             token_ids=token_ids,
             positions=np.arange(len(token_ids)) + np.repeat(starts - query_ends + query_lens, query_lens),
@@ -148,6 +176,12 @@ class ModelRunner:
             context_lens=context_lens,
             block_tables=block_tables,
         )
+
+    def _read_blocks(self, start: int) -> tuple[int, int]:
+        """A step from position `start` on reads so many first blocks, and those from the second number on."""
+        spec = self.spec
+        first = 0 if spec.window is None else max(0, start - spec.window + 1) // spec.block_size
+        return -(-spec.sinks // spec.block_size), first
 
     def _tensor(self, values: Ints) -> torch.Tensor:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
@@ -170,11 +204,43 @@ def _draws(batch: Batch, inputs: _Inputs) -> tuple[list[Draw], Ints]:
     draws: list[Draw] = []
     rows: list[int] = []
     for sequence, end in zip(batch.sequences, inputs.query_ends.tolist(), strict=True):
-        if sequence.sampling is not None:
-            position = sequence.start + len(sequence.token_ids)
-            draws.append(Draw(sequence.sampling, position, sequence.banned_token_ids))
+        position = sequence.start + len(sequence.token_ids)
+        for sampling in sequence.draws:
+            draws.append(Draw(sampling, position, sequence.banned_token_ids))
             rows.append(end - 1)
     return draws, np.array(rows, dtype=np.int64)
+
+
+def _written(batch: Batch, block_size: int) -> Iterator[int]:
+    """The blocks that the step writes."""
+    yield from (copy.target for copy in batch.copies)
+    for sequence in batch.sequences:
+        last = sequence.start + len(sequence.token_ids) - 1
+        yield from sequence.block_ids[sequence.start // block_size : last // block_size + 1]
+
+
+def _independent(copies: Sequence[BlockCopy]) -> Iterator[list[BlockCopy]]:
+    """Copies in order, in runs of which none reads what one before it writes, or writes what one before it writes."""
+    run: list[BlockCopy] = []
+    targets: set[int] = set()
+    for copy in copies:
+        if copy.source in targets or copy.target in targets:
+            yield run
+            run, targets = [], set()
+        run.append(copy)
+        targets.add(copy.target)
+    if run:
+        yield run
+
+
+def _config(settings: WorkerSettings, folder: Path) -> ModelConfig:
+    """What the folder says, with the attention that the settings ask for."""
+    config = read_config(folder)
+    if settings.window:
+        return with_window(config, settings.window, settings.sinks)
+    if settings.sinks:
+        raise ConfigError("sinks need a window: set --window too")
+    return config
 
 
 def _device(name: str) -> torch.device:
@@ -223,8 +289,17 @@ def _activation_bytes(settings: WorkerSettings, config: ModelConfig, dtype: torc
 
 
 def _max_model_len(settings: WorkerSettings, config: ModelConfig, num_blocks: int) -> int:
-    """The model's own length, or the pool's where that is less; what the user asks for must fit both."""
-    most = min(config.max_positions, num_blocks * settings.block_size)
+    """The model's own length, or the pool's where that is less; what the user asks for must fit both.
+
+    A window bounds neither: distances never get longer than it, and blocks that left it are free again.
+    """
+    room = num_blocks * settings.block_size
+    if settings.window:
+        kept = settings.window + settings.sinks + 2 * settings.block_size
+        if room < kept:
+            raise ConfigError(f"window and sinks need {kept} token positions of KV and the pool has {room}")
+        return settings.max_model_len or ENDLESS
+    most = min(config.max_positions, room)
     if settings.max_model_len > most:
         raise ConfigError(f"max_model_len {settings.max_model_len} is more than the {most} tokens of model and KV pool")
     return settings.max_model_len or most

@@ -12,8 +12,8 @@ from worker.batch import Batch, Transfer, TransferEnd
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """What the engine and the routers need to know of a model. `fingerprint` is 16 bytes over everything KV depends on:
-    configuration, weights, KV dtype, rope settings (block size is added by `kvstore.block_key`). With a `window` in all its
-    layers, the query at position p reads positions from p - window + 1 on and the first `sinks`, and none between."""
+    configuration, weights, KV dtype, rope settings (block size is added by `kvstore.block_key`). With a `window`, the
+    query at position p reads positions from p - window + 1 on and the first `sinks` in any layer, and none between."""
 
     name: str
     fingerprint: bytes

@@ -26,6 +26,7 @@ class Attention:
     num_kv_heads: int
     head_dim: int
     window: int | None
+    sinks: int = 0  # first positions that queries see beside the window
 
     def __call__(
         self, x: torch.Tensor, angles: Angles, layer_kv: torch.Tensor, plan: kernels.AttentionPlan
@@ -35,8 +36,21 @@ class Attention:
         query_key = heads[:, : self.num_heads + self.num_kv_heads]
         if self.qk_norm is not None:
             kernels.head_rms_norm_(query_key, self.qk_norm, self.norm_eps)
+        query = heads[:, : self.num_heads]
+        turned_for_sinks = self._turned(query, angles.sink)
         kernels.rotary_(query_key, angles.cos, angles.sin)
         kernels.write_kv(heads[:, self.num_heads :], layer_kv, plan)
-        query = heads[:, : self.num_heads]
-        mixed = kernels.attention(query, layer_kv, plan, scale=self.head_dim**-0.5, window=self.window)
+        scale = self.head_dim**-0.5
+        if turned_for_sinks is None or self.window is None:
+            mixed = kernels.attention(query, layer_kv, plan, scale=scale, window=self.window)
+        else:
+            mixed = kernels.sink_attention(query, turned_for_sinks, layer_kv, plan, scale=scale, window=self.window)
         return self.output(mixed.view(x.shape[0], -1))
+
+    def _turned(self, query: torch.Tensor, angles: Angles | None) -> torch.Tensor | None:
+        """The query as it scores sinks, where there are any."""
+        if not self.sinks or angles is None:
+            return None
+        turned = query.clone()
+        kernels.rotary_(turned, angles.cos, angles.sin)
+        return turned

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,36 @@ class ModelConfig:
     tied_head: bool
     dtype: str  # of the checkpoint; "" where it does not say
     eos_token_ids: tuple[int, ...]
+    window: int | None = None  # asked for at start: `windows` has none that is wider
+    sinks: int = 0  # first positions that layers see beside that window
+
+    @property
+    def sink_window(self) -> int | None:
+        """The window of layers that see sinks, if any do."""
+        return self.window if self.sinks else None
+
+    @property
+    def num_kept(self) -> int | None:
+        """The longest window, where every layer has one: positions farther back are read by nobody, but for sinks."""
+        limited = [window for window in self.windows if window is not None]
+        return max(limited) if len(limited) == len(self.windows) else None
+
+    @property
+    def sink_reach(self) -> int | None:
+        """As how far behind the first sink a query scores sinks at most: as if they lay right before its window."""
+        return None if self.window is None else self.window + self.sinks - 1
+
+
+def with_window(config: ModelConfig, window: int, sinks: int) -> ModelConfig:
+    """The same model where no layer sees farther back than `window` positions, but for the first `sinks`.
+
+    A layer whose own window is narrower keeps it, without sinks. Raises `ConfigError` where the model never learned
+    such distances.
+    """
+    if window + sinks > config.max_positions:
+        raise ConfigError(f"window {window} and sinks {sinks} are over the model's {config.max_positions} positions")
+    windows = tuple(window if own is None else min(own, window) for own in config.windows)
+    return replace(config, windows=windows, window=window, sinks=sinks)
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -71,7 +71,8 @@ class Decoder:
         """Final hidden states of `token_ids[num_tokens]` at `positions[num_tokens]` (both int64): all of them, or those
         of `rows[n]`. `layers_kv` has one cache view a layer."""
         residual = F.embedding(token_ids, self.embedding)
-        angles = self.rotary(positions)
+        far = self.config.sink_reach if plan.sink_work else None
+        angles = self.rotary(positions, farthest=far)
         update: torch.Tensor | None = None
         for layer, layer_kv in zip(self.layers, layers_kv, strict=True):
             update, residual = layer(update, residual, angles, layer_kv, plan)
@@ -97,7 +98,13 @@ def load_decoder(config: ModelConfig, checkpoint: Checkpoint) -> Decoder:
         head = Linear(checkpoint.read(["lm_head.weight"], [(config.vocab_size, config.hidden_size)]))
     norm = _vector(checkpoint, "model.norm.weight", config.hidden_size)
     checkpoint.finish()
-    rotary = RotaryEmbedding(config.rope, config.head_dim, device=checkpoint.device, dtype=checkpoint.dtype)
+    rotary = RotaryEmbedding(
+        config.rope,
+        config.head_dim,
+        device=checkpoint.device,
+        dtype=checkpoint.dtype,
+        endless=config.window is not None,
+    )
     return Decoder(config, embedding, layers, norm, head, rotary)
 
 
@@ -126,6 +133,7 @@ def _attention(config: ModelConfig, checkpoint: Checkpoint, prefix: str, window:
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         window=window,
+        sinks=config.sinks if window is not None and window == config.sink_window else 0,
     )
 
 

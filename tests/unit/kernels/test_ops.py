@@ -65,7 +65,7 @@ def test_copy_blocks_reads_before_it_writes(dtype: torch.dtype) -> None:
 
 
 def test_merged_states_are_the_softmax_over_all() -> None:
-    scores, values = 20 * normal(3, 5, 9), normal(5, 9, 8)
+    scores, values = 20 * normal(3, 5, 9), normal(3, 9, 8)
     cuts = [slice(0, 4), slice(4, 5), slice(5, 9)]
     parts = torch.stack([scores[..., cut].softmax(-1) @ values[:, cut] for cut in cuts])
     states = torch.stack([scores[..., cut].logsumexp(-1) for cut in cuts])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from pando.errors import ConfigError
 from tests.oracle import make_checkpoint
 from tests.runner_driver import Driver, load, random_tokens
-from worker.batch import Batch, SamplingParams
+from worker.batch import Batch, BlockCopy, Direction, SamplingParams, Transfer, TransferEnd
 from worker.model_runner import ModelRunner
 
 
@@ -102,6 +104,71 @@ def test_a_device_that_is_not_there(folder: Path) -> None:
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         load(tmp_path / "nothing")
+
+
+def test_forks_are_drawn_after_the_same_token(runner: ModelRunner) -> None:
+    driver = Driver(runner, 3)
+    tokens = random_tokens(21, seed=8)
+    draws = [SamplingParams(temperature=1.5, seed=seed) for seed in range(6)]
+    alone = []
+    for sampling in draws:
+        sequence = driver.start(tokens)
+        driver.step([sequence], sampling=sampling)
+        alone.append(sequence.tokens[-1])
+    share = replace(driver.share(driver.start(tokens), sampling=draws[0]), fork_sampling=tuple(draws[1:]))
+    other = driver.share(driver.start(tokens), sampling=draws[3])
+    assert runner.execute(Batch((share, other))) == [*alone, alone[3]]
+    assert len(set(alone)) > 2
+
+
+def test_copies_are_carried_out_in_order(runner: ModelRunner) -> None:
+    blocks = runner.cache.blocks
+    before = blocks[:6].clone()
+    copies = tuple(BlockCopy(source, target, 8) for source, target in [(0, 1), (1, 2), (3, 4), (5, 4), (4, 3)])
+    far = list(range(100, 140))
+    share = replace(Driver(runner).share(Driver(runner).start([7])), block_ids=far)
+    runner.execute(Batch((share,), copies))
+    assert torch.equal(blocks[:6], before[[0, 0, 0, 5, 5, 5]])
+
+
+def ended(runner: ModelRunner, count: int) -> list[TransferEnd]:
+    assert runner.mover is not None
+    found: list[TransferEnd] = []
+    limit = time.monotonic() + 20
+    while len(found) < count and time.monotonic() < limit:
+        found += runner.mover.take_ended()
+    return found
+
+
+@pytest.mark.parametrize("cpu_dtype", ["same", "int8"])
+def test_a_sequence_goes_to_the_cpu_and_comes_back(folder: Path, cpu_dtype: str) -> None:
+    runner = load(folder, cpu_blocks=8, cpu_kv_dtype=cpu_dtype, device_blocks=20)
+    assert runner.mover is not None
+    assert runner.mover.num_blocks == 8
+    driver = Driver(runner, 4)
+    tokens = random_tokens(40, seed=9)
+    first = driver.start(tokens[:32])
+    driver.step([first])
+    before = runner.cache.blocks[first.blocks].clone()
+    runner.mover.start([Transfer(n, Direction.DEMOTE, block, n) for n, block in enumerate(first.blocks)])
+    spoiler = driver.start(random_tokens(32, seed=10))
+    spoiler.blocks = list(first.blocks)  # the next step writes all four sources
+    driver.step([spoiler])
+    assert [end.ok for end in ended(runner, 4)] == [True] * 4
+    targets = [driver.free.pop() for _ in range(4)]
+    runner.mover.start([Transfer(9 + n, Direction.PROMOTE, n, block) for n, block in enumerate(targets)])
+    assert [end.ok for end in ended(runner, 4)] == [True] * 4
+    again = driver.start(tokens)
+    again.blocks, again.computed = list(targets), 32
+    expected = driver.logits(driver.start(tokens))[32:]
+    wrong = (driver.logits(again) - expected).abs().max()
+    if cpu_dtype == "same":
+        assert torch.equal(runner.cache.blocks[targets], before)
+        assert wrong < 1e-4
+    else:
+        assert 0 < runner.mover.error.max_relative < 0.01
+        assert wrong < 0.5
+    runner.close()
 
 
 def test_closed_runner_computes_nothing(folder: Path) -> None:

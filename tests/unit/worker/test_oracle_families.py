@@ -112,7 +112,7 @@ def test_after_a_block_was_copied(family: Family) -> None:
     fork = driver.start(mine.tokens)
     fork.computed, fork.blocks = mine.computed, [*mine.blocks[:-1], target]
     shares = (driver.share(fork), driver.share(mine))
-    sampled = driver.runner.execute(Batch(shares, copies=(BlockCopy(source, target),)))
+    sampled = driver.runner.execute(Batch(shares, copies=(BlockCopy(source, target, mine.computed % 8),)))
     assert sampled == [family.greedy[1]] * 2
 
 
