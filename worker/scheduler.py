@@ -25,7 +25,7 @@ from worker.step_plan import StepPlan
 class SchedulerLimits:
     """`max_batch_tokens` is the token budget of a step.
 
-    With a `window`, a token reads that many positions up to its own and the first `sinks`: sequences give back the others.
+    With a `window`, a token reads that many positions up to its own and the first `sinks`; the others are given back.
     """
 
     max_batch_tokens: int
@@ -138,9 +138,11 @@ class Scheduler:
         preempted = self.num_preemptions
         step = StepPlan(self._limits.max_batch_tokens)
         index = 0
-        while step.budget and index < len(self._running) and self._grow(self._running[index], step):
-            step.add(self._running[index])
-            index += 1
+        while step.budget and index < len(self._running):
+            sequence = self._running[index]
+            if self._grow(sequence, step):
+                step.add(sequence)
+                index += 1
         if step.budget and self.num_preemptions == preempted:
             for sequence in self._admissions(now):
                 step.add(sequence)
@@ -285,8 +287,8 @@ class Scheduler:
         return self._pool.num_available <= self._blocked[1]
 
     def _attach(self, sequence: Sequence, now: float) -> bool:
-        """Find the cached prefix and take blocks for the rest. On False nothing is held, unless it has to wait for a load
-        into blocks of its own."""
+        """Find the cached prefix and take blocks for the rest. On False nothing is held, unless it has to wait for a
+        load into blocks of its own."""
         if sequence.table is None and not self._find_prefix(sequence):
             return False
         table = sequence.blocks

@@ -1,7 +1,7 @@
 """The worker's end of the link: gRPC sessions of routers on one side, the engine's queue on the other.
 
 Knows no text and no tenant; `link_messages` reads and writes what crosses the wire. All of it lives on one event loop;
-the engine's thread enters by `deliver`, once a step. A sequence belongs to one session and dies with it, a pin does not.
+the engine's thread enters by `deliver`, once a step. A sequence belongs to one session and dies with it; pins do not.
 """
 
 from __future__ import annotations
@@ -242,16 +242,17 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
                 request = sequence_request(submit, engine_ids, self._identity.vocab_size, self._engine.clock())
             except InvalidRequest as error:
                 reason = error.reason
+        if reason:
+            # A fork's number that a live sequence has would end that one.
+            for number in set(numbers) - (session.engine_ids.keys() - {submit.sequence}):
+                rejected = SequenceOutput(engine_ids[0], 0, finish=Finish.REJECTED, reason=reason)
+                session.add_output(Attempt(number, submit.attempt), rejected)
+            return
         for number, engine_id in zip(numbers, engine_ids, strict=True):
-            attempt = Attempt(number, submit.attempt)
-            if reason:
-                session.add_output(attempt, SequenceOutput(engine_id, 0, finish=Finish.REJECTED, reason=reason))
-            else:
-                session.engine_ids[number] = engine_id
-                self._origins[engine_id] = _Origin(session, attempt)
-        if not reason:
-            self._none_left.clear()
-            self._engine.submit(request)
+            session.engine_ids[number] = engine_id
+            self._origins[engine_id] = _Origin(session, Attempt(number, submit.attempt))
+        self._none_left.clear()
+        self._engine.submit(request)
 
     def _pin(self, pin: pb.Pin, session: RouterSession) -> None:
         try:

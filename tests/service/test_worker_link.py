@@ -22,7 +22,7 @@ import redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvstore.block_key import block_keys, key_fingerprint
-from kvstore.events import BlocksStored, decode
+from kvstore.events import BlocksRemoved, BlocksStored, decode
 from kvstore.lease import Lease, read_leases
 from kvstore.scope import Region, ScopeRoot
 from pando.errors import ConfigError
@@ -328,6 +328,110 @@ async def test_drain_waits_refuses_and_cancels_what_is_late(start: Callable[...,
         assert router.ends[3].reason == "DRAINING"
         status = (await health.Check(health_pb2.HealthCheckRequest())).status
         assert status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def forked(seeds: list[int]) -> dict[str, Any]:
+    sampling = pb.SamplingParams(max_tokens=8, top_p=1.0, temperature=1.0, seed=50)
+    return {"sampling": sampling, "forks": [pb.Fork(sequence=seed, seed=seed) for seed in seeds]}
+
+
+@pytest.mark.asyncio
+async def test_n_answers_are_n_sequences_with_one_admission(start: Callable[..., WorkerReady]) -> None:
+    ready = start()
+    prompt = list(range(100, 150))
+    async with session(ready) as router:
+        await router.submit(50, prompt, **forked([51, 52]))
+        await router.ended(50, 51, 52)
+        assert set(router.admissions) == {50}
+        assert len({tuple(router.tokens[i]) for i in (50, 51, 52)}) == 3
+        await router.submit(60, prompt, **forked([61]))
+        await router.send(cancel=pb.Cancel(sequence=61))
+        await router.ended(60, 61)
+        assert router.tokens[60] == router.tokens[50]
+        for number, bad in enumerate(([71, 71], [70], [72, 80]), 70):
+            if 80 in bad:
+                await router.submit(80, prompt, max_tokens=1900)
+            await router.submit(70, prompt, **forked(bad))
+            await router.ended(*({70, *bad} - {80}))
+            assert router.ends.pop(70).reason == "MALFORMED", number
+            router.tokens.pop(70)
+            for other in {*bad} - {70, 80}:
+                assert router.ends.pop(other).reason == "MALFORMED"
+        await router.submit(90, [*prompt, 5], num_prompt_tokens=50, **forked([91]))
+        await router.ended(90, 91)
+        assert {router.ends[i].reason for i in (90, 91)} == {"MALFORMED"}
+    assert idle(await load(ready, idle))
+
+
+SHARED, PUBLISHER = b"p" * 16, b"o" * 16
+REGIONS = [pb.Region(scope_root=SHARED, end=64, owner=PUBLISHER), pb.Region(scope_root=PUBLISHER)]
+
+
+def pin(**fields: Any) -> pb.Pin:
+    quota = pb.Quota(device_floor=4, pinned=4, device_ceiling=100)
+    return pb.Pin(
+        **({"prefix": b"n" * 16, "regions": REGIONS, "token_ids": range(64), "ttl_ms": 60_000, "quota": quota} | fields)
+    )
+
+
+@pytest.mark.asyncio
+async def test_a_pinned_prefix_stays_for_its_time_or_until_unpinned(start: Callable[..., WorkerReady]) -> None:
+    ready = start()
+
+    def holds(blocks: int) -> Callable[[pb.Load], bool]:
+        return lambda load: load.device_blocks - load.free_blocks - load.cached_blocks == blocks
+
+    async with session(ready) as router:
+        await router.submit(1, [*range(64), 7], max_tokens=1, regions=REGIONS, quota=pb.Quota())
+        await router.ended(1)
+        for wrong in ({"prefix": b"short"}, {"token_ids": [9999]}, {"token_ids": []}, {"regions": []}):
+            await router.send(pin=pin(**wrong))
+        await router.send(pin=pin())
+        await load(ready, holds(4))
+    await load(ready, holds(4))
+    async with session(ready) as router:
+        await router.send(unpin=pb.Unpin(prefix=b"n" * 16))
+        await load(ready, holds(0))
+        await router.send(pin=pin(ttl_ms=1))
+        await router.send(unpin=pb.Unpin(prefix=b"u" * 16))
+        await load(ready, holds(0))
+    assert idle(await load(ready, idle))
+
+
+def keys(router: Client, kind: type) -> set[bytes]:
+    return {key for batch in router.batches for event in batch.events if isinstance(event, kind) for key in event.keys}
+
+
+@pytest.mark.asyncio
+async def test_a_purge_says_by_count_what_it_forgot_and_ends_what_runs(start: Callable[..., WorkerReady]) -> None:
+    ready = start()
+    async with session(ready) as router, grpc.aio.insecure_channel(ready.address) as channel:
+        stub = worker_pb2_grpc.WorkerLinkStub(channel)
+        await router.submit(1, [*range(64), 7], max_tokens=1, regions=REGIONS)
+        await router.ended(1)
+        await router.send(pin=pin())
+        await router.submit(2, list(range(500, 520)), max_tokens=1900, regions=[pb.Region(scope_root=PUBLISHER)])
+        await router.until(lambda: bool(router.tokens.get(2)))
+        answer = await stub.Purge(pb.PurgeRequest(roots=[PUBLISHER, SHARED]), timeout=5)
+        await router.ended(2)
+        assert router.ends[2].finish == pb.FINISH_CANCELLED
+        assert answer.device_blocks >= 5
+        assert (answer.cpu_blocks, answer.remaining) == (0, 0)
+        await load(ready, lambda load: load.free_blocks == 256)
+        assert await stub.Purge(pb.PurgeRequest(roots=[PUBLISHER]), timeout=5) == pb.PurgeResponse()
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await stub.Purge(pb.PurgeRequest(roots=[b"short"]), timeout=5)
+        assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        await router.until(lambda: keys(router, BlocksStored) == keys(router, BlocksRemoved))
+
+
+@pytest.mark.asyncio
+async def test_a_quota_that_makes_no_sense_is_malformed(start: Callable[..., WorkerReady]) -> None:
+    async with session(start()) as router:
+        await router.submit(1, [5, 6], quota=pb.Quota(device_floor=5, device_ceiling=4))
+        await router.submit(2, [5, 6], regions=[pb.Region(scope_root=ROOT, owner=b"short")])
+        await router.ended(1, 2)
+        assert {router.ends[i].reason for i in (1, 2)} == {"MALFORMED"}
 
 
 @pytest.mark.asyncio

@@ -11,6 +11,7 @@ import pytest
 from kvstore.block_pool import BlockPool
 from kvstore.scope import Region, ScopeRoot
 from worker.batch import Batch, SamplingParams
+from worker.holdings import Holdings, OwnerQuota, Publishers
 from worker.runner import ModelSpec
 from worker.scheduler import Scheduler, SchedulerLimits
 from worker.sequence import Finish, Fork, SequenceOutput, SequenceRequest
@@ -59,7 +60,8 @@ class World:
         self.now = 0.0
         self.pool = BlockPool(num_blocks, block_size, key_bits=key_bits, reuse=reuse)
         limits = SchedulerLimits(max_batch_tokens, max_sequences, max_waiting, max_model_len)
-        self.scheduler = Scheduler(self.pool, limits)
+        self.holdings = Holdings(self.pool)
+        self.scheduler = Scheduler(self.pool, limits, holdings=self.holdings)
         self.runner = SimulatedRunner(
             spec(num_blocks, block_size, max_model_len),
             StepCost(0.001, 0.0001),
@@ -84,6 +86,8 @@ class World:
         no_store: bool = False,
         regions: tuple[Region, ...] | None = None,
         fork_seeds: tuple[int, ...] = (),
+        publishers: Publishers = (),
+        quota: OwnerQuota | None = None,
         **sampling: object,
     ) -> int:
         tokens = array("I", prompt)
@@ -98,6 +102,7 @@ class World:
             no_store=no_store,
             forks=tuple(Fork(len(self.results) + 1 + i, seed) for i, seed in enumerate(fork_seeds)),
         )
+        self.holdings.admit(request.owner, publishers, quota)
         for sequence_id in (request.sequence_id, *(fork.sequence_id for fork in request.forks)):
             self.results[sequence_id] = Result()
         self.scheduler.submit(request, self.now)
