@@ -50,6 +50,11 @@ def num_sealed_of(pool: BlockPool, root: ScopeRoot) -> int:
     return sum(pool._owners[block] is owner for block in pool.contents.by_key.values())
 
 
+def charges(pool: BlockPool) -> dict[ScopeRoot | None, int]:
+    """Blocks by owner; their sum is what is not free."""
+    return {owner.root: owner.charge for owner in pool._ledger.owners() if owner.charge}
+
+
 def _check_charges(pool: BlockPool) -> None:
     owners = pool._ledger.owners()
     charged = Counter(owner for owner in pool._owners if owner is not None)

@@ -59,7 +59,7 @@ class BlockPool:
         self.evictions = 0
         self.numbers = numbers if numbers is not None else counting(1)
         self.contents = Contents(num_blocks, self.numbers)
-        """What sealed blocks hold; to be read by others, changed here only."""
+        """What sealed blocks hold: others only read it."""
         self.flights = Flights()
         self.num_holders = 0
         """Sequences that hold blocks."""
@@ -67,18 +67,20 @@ class BlockPool:
         self.on_forget: Callable[[BlockKey, int], None] | None = None
         """Told of each content, by key and number, that was here and is no more."""
         self.known_elsewhere: Callable[[Content], int] | None = None
-        """Gives the number under which another tier holds a content, NO_CONTENT if none does."""
+        """The number under which another tier holds a content, NO_CONTENT if none does."""
         self._free = list(range(num_blocks - 1, -1, -1))
         self._references = array("i", bytes(4 * num_blocks))
         self._generations = array("Q", bytes(8 * num_blocks))
         self._owners: list[Owner | None] = [None] * num_blocks
         self._ledger = Ledger(num_blocks)
         self._order = EvictionOrder(policy, self.contents, self._references, self._owners)
+        self.next_to_evict = self._order.upcoming
         self._over: dict[Owner, None] = {}
         self._num_unreferenced = num_blocks
         self._num_cached = 0
         self._changes = Changes(tier)
-        self._wipes: list[BlockId] | None = [] if wipe else None
+        self._wipe = wipe
+        self._wipes: list[BlockId] = []
 
     # Counts
 
@@ -115,8 +117,8 @@ class BlockPool:
     # Blocks
 
     def allocate(self, count: int, root: ScopeRoot | None = None, *, alone: bool = False) -> list[BlockId] | None:
-        """`count` empty blocks with one reference each, charged to the owner of `root`; None and no change if the pool
-        or the floors of others do not allow it. `alone`: nobody else holds blocks, so floors need not be kept free.
+        """`count` empty blocks with one reference each, charged to the owner of `root`; None and no change if there are
+        too few, or if others would miss the room of their floors. `alone`: nobody else holds blocks.
         """
         if count > self._num_unreferenced:
             return None
@@ -124,13 +126,15 @@ class BlockPool:
         if self._ledger.unmet and not alone and not self._ledger.leaves_floors({owner: count}):
             self._ledger.forget_if_empty(owner)
             return None
-        owner.charge += count
-        if owner.quota is not None:
-            self._recharged(owner)
+        self._recharge(owner, count)
+        if self._over:
             self._trim()
         free, references, generations, owners = self._free, self._references, self._generations, self._owners
-        for _ in range(count - len(free)):
-            self._evict(self._order.take())
+        while len(free) < count and self._evict_next():
+            pass
+        if len(free) < count:
+            self._recharge(owner, -count)
+            return None
         blocks = free[: -count - 1 : -1]
         del free[len(free) - count :]
         for block in blocks:
@@ -139,15 +143,14 @@ class BlockPool:
             owners[block] = owner
         self._num_unreferenced -= count
         self._ledger.hold(owner, count)
-        if not count:
-            self._ledger.forget_if_empty(owner)
+        if self._over:
+            self._trim()
         return blocks  # type: ignore[return-value]
 
     def find(self, key: BlockKey, root: ScopeRoot, parent: BlockId, tokens: bytes) -> BlockId | None:
-        """The sealed block of exactly this scope, parent and token ids (little-endian u32), or None.
+        """The sealed block of exactly this scope, parent and token ids, or None.
 
-        `parent` is NO_BLOCK or a block found or sealed just before. A block that has the key and differs in anything
-        else is a miss and counts as a key collision.
+        `parent` is NO_BLOCK or a block found or sealed just before. Another one under the key is a key collision.
         """
         return self.contents.find(key, root, self.number(parent), tokens)
 
@@ -179,10 +182,8 @@ class BlockPool:
         return self._references[block] == 1 and self.contents.keys[block] is None
 
     def seal(self, block: BlockId, key: BlockKey, root: ScopeRoot, parent: BlockId, tokens: bytes) -> BlockId | None:
-        """Make a full block findable, and return the block that now stands for this content.
-
-        That is `block` itself, or another one that was sealed with the same scope, parent and tokens before; then
-        `block` stays private to its holder. None on a key collision: the resident block keeps the key.
+        """Make a full block findable, and return the block that now stands for this content: `block`, or another one
+        that had it before; then `block` stays private to its holder. None on a key collision: the resident one stays.
         """
         if parent != NO_BLOCK and self.contents.keys[parent] is None:
             raise BrokenInvariant(f"block {block} cannot be sealed: its parent is not")
@@ -210,10 +211,8 @@ class BlockPool:
         return block
 
     def release(self, blocks: Sequence[BlockId]) -> None:
-        """Give back one reference on each; blocks that nobody holds any more are evicted in the order given.
-
-        A block that is not held is an error, and then nothing changes.
-        """
+        """Give back one reference on each; blocks that nobody holds any more are evicted in the order given, about.
+        A block that is not held is an error, and then nothing changes."""
         references = self._references
         unheld: list[BlockId] = []
         for done, block in enumerate(blocks):
@@ -239,8 +238,8 @@ class BlockPool:
 
     def clear(self) -> None:
         """Forget the content of every block that nobody holds."""
-        while self._num_cached:
-            self._evict(self._order.take())
+        while self._num_cached and self._evict_next():
+            pass
         if not self.contents.by_key and self.is_only_tier:
             self._changes.cleared()
 
@@ -255,6 +254,7 @@ class BlockPool:
             else:
                 self._evict(block)
                 freed += 1
+        self._trim()
         return Purged(freed, held)
 
     def purge(self, root: ScopeRoot) -> Purged:
@@ -272,17 +272,13 @@ class BlockPool:
         self._order.end_transfer(block)
         self._trim()
 
-    def upcoming(self, count: int) -> list[BlockId]:
-        """Cached blocks that are evicted next, at most `count`."""
-        return self._order.upcoming(count)  # type: ignore[return-value]
-
     # Charges
 
     def set_quota(self, root: ScopeRoot, quota: Quota | None) -> None:
         """Set or drop the quota of the owner of `root`; ValueError if the floors no longer fit the pool. A scan."""
         owner = self._ledger.set_quota(root, quota)
         self._order.enlist(owner)
-        self._recharged(owner)
+        self._recharge(owner, 0)
         self._trim()
 
     def set_publisher(self, root: ScopeRoot, publisher: ScopeRoot) -> None:
@@ -299,14 +295,17 @@ class BlockPool:
         if before is owner:
             return
         for account, change in ((before, -1), (owner, 1)):
-            account.charge += change
             self._ledger.hold(account, change)
-            self._recharged(account)
+            self._recharge(account, change)
         self._owners[block] = owner
-        self._ledger.forget_if_empty(before)
 
-    def _recharged(self, owner: Owner) -> None:
-        """The owner's charge or quota has changed."""
+    def _recharge(self, owner: Owner, change: int) -> None:
+        """Change the owner's charge, and see what follows."""
+        owner.charge += change
+        if owner.quota is None:
+            if not owner.charge:
+                self._ledger.forget_if_empty(owner)
+            return
         if owner.sheltered:
             self._order.refresh(owner)
         if owner.excess:
@@ -356,10 +355,17 @@ class BlockPool:
 
     def take_wipes(self) -> list[BlockId]:
         """Blocks that became free since the last call and were not wiped since; some may be in use again."""
-        wipes = self._wipes or []
-        if self._wipes is not None:
-            self._wipes = []
+        wipes, self._wipes = self._wipes, []
         return wipes
+
+    def _evict_next(self) -> bool:
+        """Free the next block; on a device there is one, as whoever holds a block holds its parents."""
+        block = self._order.take()
+        if block is not None:
+            self._evict(block)
+        elif self.tier == DEVICE:
+            raise BrokenInvariant("there is no block to evict")
+        return block is not None
 
     def _evict(self, block: int) -> None:
         """Free a cached block that was just taken out of the order."""
@@ -381,15 +387,10 @@ class BlockPool:
 
     def _discharge(self, block: int) -> None:
         """A block becomes free."""
-        owner = self._owner(block)
-        owner.charge -= 1
-        if owner.quota is not None:
-            self._recharged(owner)
-        elif not owner.charge:
-            self._ledger.forget_if_empty(owner)
+        self._recharge(self._owner(block), -1)
         self._owners[block] = None
         self._free.append(block)
-        if self._wipes is not None:
+        if self._wipe:
             self._wipes.append(BlockId(block))
 
     def check(self, *, deep: bool = False) -> None:

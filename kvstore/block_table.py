@@ -78,8 +78,8 @@ class BlockTable:
             num_tokens += self.attach_part(num_tokens, limit)
         return num_tokens
 
-    def attach_blocks(self, token_ids: array[int], limit: int) -> int:
-        """As `attach_prefix`, in full blocks only: nothing to copy and nothing to wait for."""
+    def attach_blocks(self, token_ids: array[int], limit: int, *, hit: bool = True) -> int:
+        """As `attach_prefix`, in full blocks only: nothing to copy and nothing to wait for. `hit`: it counts as use."""
         if self.block_ids:
             raise BrokenInvariant("a prefix can be attached to an empty table only")
         pool = self._pool
@@ -90,7 +90,7 @@ class BlockTable:
             self._chain.restart()
             self._tip = NO_BLOCK
             return 0
-        pool.acquire(found, hit=True)
+        pool.acquire(found, hit=hit)
         self._hold(found)
         self.cached_published = published * pool.block_size
         return len(found) * pool.block_size

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Iterator
 from itertools import chain, islice
 
-from kvstore.block import BrokenInvariant
+from kvstore.block import BlockId, BrokenInvariant
 from kvstore.block_lists import BlockLists
 from kvstore.contents import Contents
 from kvstore.quota import Owner
@@ -109,8 +109,8 @@ class EvictionOrder:
 
     # The choice
 
-    def take(self) -> int:
-        """Take the next block out; the caller knows that one is cached."""
+    def take(self) -> int | None:
+        """Take the next block out. None if each cached one has a child in use, which cannot be on a device."""
         block = self._next()
         if block is None and self._in_transfer:
             # Only what is in transfer is left, and what stands above it: the transfers lose their claim.
@@ -118,9 +118,8 @@ class EvictionOrder:
             for number in list(self._parked):
                 self._unpark(number)
             block = self._next()
-        if block is None:
-            raise BrokenInvariant("there is no block to evict")
-        self.erase(block)
+        if block is not None:
+            self.erase(block)
         return block
 
     def take_of(self, owner: Owner) -> int | None:
@@ -130,12 +129,12 @@ class EvictionOrder:
             self.erase(block)
         return block
 
-    def upcoming(self, count: int) -> list[int]:
+    def upcoming(self, count: int) -> list[BlockId]:
         """The cached blocks that go next, as far as that is known without asking their owners."""
         lists = self._lists
         sheltered = chain.from_iterable(self._own.iterate(head) for owner in self._exposed for head in owner.lists)
         ahead: Iterator[int] = chain(sheltered, *(lists.iterate(head) for head in self._segments))
-        return [block for block in islice(ahead, count) if not self._references[block]]
+        return [BlockId(block) for block in islice(ahead, count) if not self._references[block]]
 
     def _next(self) -> int | None:
         while self._exposed:

@@ -44,7 +44,7 @@ class Pins:
         room = _budget(owner) - self.num_pinned(regions[0].root)
         table = BlockTable(self._pool, regions, no_store=True)
         limit = min(len(token_ids), room * self._pool.block_size)
-        num_tokens = table.attach_blocks(token_ids, limit) if limit > 0 else 0
+        num_tokens = table.attach_blocks(token_ids, limit, hit=False) if limit > 0 else 0
         if num_tokens:
             self._pool.num_holders -= 1  # a pin is no sequence: who runs beside it is alone
             self._pins[name] = _Pin(table, self._pool.account(regions[0].root), until)

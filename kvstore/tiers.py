@@ -98,7 +98,7 @@ class Tiers:
     """
 
     def __init__(
-        self, device: BlockPool, cpu: BlockPool, *, max_demotions: int = 64, rates: Rates | None = None
+        self, device: BlockPool, cpu: BlockPool, *, max_demotions: int = 64, rates: Rates = UNMEASURED
     ) -> None:
         if device.numbers is not cpu.numbers or cpu.tier != CPU or device.block_size != cpu.block_size:
             raise ValueError("the CPU pool must be made for this device pool")
@@ -126,7 +126,7 @@ class Tiers:
         if room <= 0 or self.device.num_free >= self._max_demotions:
             return 0
         ordered = 0
-        for block in self.device.upcoming(LOOK_AHEAD * self._max_demotions):
+        for block in self.device.next_to_evict(LOOK_AHEAD * self._max_demotions):
             if ordered == room:
                 break
             ordered += self._demote(block)
@@ -163,13 +163,13 @@ class Tiers:
         order, content = demotion.order, demotion.content
         del self._demoting[demotion.number]
         valid = self.device.generation(order.source) == demotion.generation
-        if valid:
-            self.device.end_transfer(order.source)
         self.counts.void += not valid
         stored = ok and valid and self.cpu.seal_as(order.target, content, demotion.number) == order.target
         if stored:
             self._checksums[demotion.number] = checksum
             self.counts.demoted += 1
+        if valid:
+            self.device.end_transfer(order.source)  # last: it may evict the source and what it hangs below
         self.cpu.release((order.target,))
         return stored
 
@@ -295,7 +295,7 @@ class Tiers:
         self.device.check(deep=deep)
         self.cpu.check(deep=deep)
         if deep:
-            numbers = set(self.device.contents.numbers) | set(self.cpu.contents.numbers)
+            numbers = {NO_CONTENT, *self.device.contents.numbers, *self.cpu.contents.numbers}
             if not numbers.issuperset(self.cpu.contents.parents):
                 raise BrokenInvariant("a block of the CPU tier outlived its parent in both tiers")
             if self._checksums.keys() != set(self.cpu.contents.numbers) - {NO_CONTENT}:
