@@ -108,7 +108,7 @@ def _attend_in_part(
     scale: float,
     into: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    """`_attend` in float32 that leaves the softmax state beside the result: `into` is `[num_tokens, num_heads,
+    """`_attend` that leaves the softmax state beside the result: `into` is `[num_tokens, num_heads,
     head_dim]` and `[num_tokens, num_heads]`. Each query of `work` sees at least one key."""
     out, states = into
     num_kv_heads = layer_kv.shape[2]
@@ -123,25 +123,33 @@ def _attend_in_part(
         keys, values = _gathered(layer_kv, chunk.gather, plan.workspace)
         for tile in chunk.tiles:
             part = query[tile.tokens]
-            length = tile.keys.stop - tile.keys.start
-            step = max(1, MOST_SCORES // (part.shape[0] * group * length))
-            for head in range(0, num_kv_heads, step):
-                heads = slice(head, min(head + step, num_kv_heads))
-                own = slice(head * group, heads.stop * group)
-                rows = part[:, own].view(part.shape[0], -1, group, part.shape[2]).permute(1, 2, 0, 3)
-                seen, mixed = keys[0, heads, None, tile.keys], values[0, heads, None, tile.keys]
-                result, state = _softmax_part(rows, seen, mixed, tile.mask, scale)
-                out[tile.tokens, own] = result.permute(2, 0, 1, 3).flatten(1, 2)
-                states[tile.tokens, own] = state.permute(2, 0, 1).flatten(1, 2)
+            rows = part.view(part.shape[0], num_kv_heads, group, -1).permute(1, 2, 0, 3)
+            seen = keys[0, :, None, tile.keys].expand(-1, group, -1, -1)
+            mixed = values[0, :, None, tile.keys].expand(-1, group, -1, -1)
+            result, state = _softmax_part(rows, seen, mixed, tile.mask, scale)
+            out[tile.tokens] = result.permute(2, 0, 1, 3).flatten(1, 2)
+            states[tile.tokens] = state.permute(2, 0, 1).flatten(1, 2)
 
 
 def _softmax_part(
     rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of `rows[..., n, head_dim]` in float32, and the logarithms of its sums of exponentials, `[..., n]`."""
-    scores = torch.matmul(rows.float(), keys.float().transpose(-1, -2)).mul_(scale).add_(mask)
-    state = scores.logsumexp(-1)
-    return torch.matmul(scores.sub_(state[..., None]).exp_(), values.float()), state
+    """Attention of `rows[a, b, n, head_dim]` and the logarithms of its sums of exponentials, `[a, b, n]`; float32."""
+    if rows.device.type == "cpu":
+        # The one operation behind `scaled_dot_product_attention` on the CPU, which does not pass on what it returns.
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows, keys, values, attn_mask=mask, scale=scale
+        )
+        return fused[0].float(), fused[1]
+    parts = []
+    step = max(1, MOST_SCORES // (rows[0, ..., 0].numel() * keys.shape[2]))
+    for first in range(0, rows.shape[0], step):
+        part = slice(first, first + step)
+        scores = torch.matmul(rows[part].float(), keys[part].float().transpose(-1, -2)).mul_(scale)
+        scores.add_(mask[part] if mask.dim() == rows.dim() else mask)
+        state = scores.logsumexp(-1)
+        parts.append((torch.matmul(scores.sub_(state[..., None]).exp_(), values[part].float()), state))
+    return torch.cat([result for result, _ in parts]), torch.cat([state for _, state in parts])
 
 
 def write_kv(key_value: torch.Tensor, layer_kv: torch.Tensor, plan: AttentionPlan) -> None:
