@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 # Its constructors have no types.
 _CUDA: Any = torch.cuda
 
-# Weight of the newest transfer in the measured rates.
-RATE_WEIGHT = 0.1
 # Transfers that a CUDA device is given before the first of them is waited for.
 MOST_ISSUED = 32
 
@@ -55,8 +53,6 @@ class CpuTier:
     def __init__(self, device_blocks: torch.Tensor, num_blocks: int, *, cpu_dtype: str = "same") -> None:
         self.num_blocks = num_blocks
         self.error = FormatError()
-        self.seconds_per_block: dict[Direction, float] = {}
-        """Measured, newest transfers first in weight; a direction that was never used is missing."""
         self._device_blocks = device_blocks
         self._device = device_blocks.device
         self._lossy = cpu_dtype == "int8"
@@ -191,7 +187,4 @@ class CpuTier:
             now = perf_counter()
             seconds = now - max(flight.began, self._last_end)
             self._last_end = now
-            if flight.ok:
-                before = self.seconds_per_block.get(transfer.direction, seconds)
-                self.seconds_per_block[transfer.direction] = before + RATE_WEIGHT * (seconds - before)
             self._ended.append(TransferEnd(transfer.number, flight.ok, seconds))
