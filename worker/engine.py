@@ -19,9 +19,11 @@ from queue import Empty, SimpleQueue
 from kvstore.block_pool import BlockPool
 from kvstore.events import Event
 from kvstore.scope import Region, ScopeRoot
+from kvstore.tiers import TierCounts
 from pando.errors import ConfigError
 from worker.batch import Batch, SamplingParams
 from worker.holdings import Holdings, PinRequest, PurgeCount
+from worker.offload import Offload
 from worker.runner import Runner
 from worker.scheduler import Scheduler
 from worker.sequence import SequenceOutput, SequenceRequest
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 LOAD_INTERVAL_S = 0.1
 CHECK_INTERVAL_S = 1.0
+MOVING_INTERVAL_S = 0.0005
+"""How often an engine that has nothing to compute looks for blocks that have come."""
 WARM_UP_ID = -1
 WARM_UP_TOKENS = 256
 
@@ -53,7 +57,8 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """All that one step has to say; `batch` is None when nothing ran, `load` when it was said a moment ago."""
+    """All that one step has to say; `batch` is None when nothing ran, `load` when it was said a moment ago, `moved`
+    without a CPU tier. `moved` goes on counting: read it at once."""
 
     outputs: list[SequenceOutput]
     events: list[Event]
@@ -61,6 +66,7 @@ class StepReport:
     batch: Batch | None
     seconds: float
     num_preemptions: int
+    moved: TierCounts | None = None
 
 
 class EngineStopped(RuntimeError):
@@ -133,6 +139,7 @@ class Engine:
         on_step: OnStep,
         *,
         holdings: Holdings | None = None,
+        offload: Offload | None = None,
         on_broken: Callable[[], None] = lambda: None,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -141,6 +148,8 @@ class Engine:
         self._pool = pool
         self._scheduler = scheduler
         self._holdings = holdings or Holdings(pool)
+        self._offload = offload
+        self._store = pool if offload is None else offload.tiers
         self._on_step = on_step
         self._on_broken = on_broken
         self._work: SimpleQueue[_Work] = SimpleQueue()
@@ -202,7 +211,12 @@ class Engine:
         """Take queued work, then schedule, run, finish; whether a batch ran."""
         self._take_queued()
         self._holdings.expire(self.clock())
+        if self._offload is not None:
+            rates = self._rates
+            self._offload.answer(step_s=rates.step_ms / 1e3, prefill_tokens_per_s=rates.prefill_tokens_per_s)
         batch = self._scheduler.schedule(self.clock())
+        if self._offload is not None:
+            self._offload.order(demoting=batch is not None)
         seconds = self._run(batch) if batch is not None else 0.0
         self._finish(batch, seconds)
         return batch is not None
@@ -224,11 +238,12 @@ class Engine:
 
     def _finish(self, batch: Batch | None, seconds: float) -> None:
         outputs = self._scheduler.take_outputs()
-        events = self._pool.take_events()
+        events = self._store.take_events()
         load = self._load_if_due()
         if batch is not None or outputs or events or load is not None:
             preempted = self._scheduler.num_preemptions
-            self._on_step(StepReport(outputs, events, load, batch, seconds, preempted))
+            moved = self._offload.counts if self._offload is not None else None
+            self._on_step(StepReport(outputs, events, load, batch, seconds, preempted, moved))
 
     def _load_if_due(self) -> Load | None:
         now = self.clock()
@@ -289,7 +304,8 @@ class Engine:
             while not self._stopping:
                 if not self._scheduler.num_sequences:
                     self._idle()
-                self.step()
+                if not self.step() and self._scheduler.num_sequences:
+                    self._pause(MOVING_INTERVAL_S)
             self._scheduler.fail_all("WORKER_STOPPED")
             self._finish(None, 0.0)
         except Exception:  # the end of the thread: a broken invariant stops the worker
@@ -315,10 +331,17 @@ class Engine:
         except Empty:
             self._finish(None, 0.0)
         if self.clock() - self._checked_at >= CHECK_INTERVAL_S:
-            self._pool.check()
+            self._store.check()
             self._checked_at = self.clock()
+        if self._offload is not None and self._offload.num_moving:
+            self._pause(MOVING_INTERVAL_S)
+        else:
+            self._pause(CHECK_INTERVAL_S if self._holdings.num_pins else None)
+
+    def _pause(self, seconds: float | None) -> None:
+        """Sleep until there is work, so long at most."""
         with suppress(Empty):
-            self._take(self._work.get(timeout=CHECK_INTERVAL_S if self._holdings.num_pins else None))
+            self._take(self._work.get(timeout=seconds))
 
     def _break_down(self) -> None:
         """Fail what is there without touching the pool, which cannot be trusted any more."""

@@ -23,12 +23,14 @@ from kvstore.lease import Fenced, Lease, LeaseKeeper, connect, take_epoch
 from kvstore.redis_index import RedisIndexWriter
 from pando.errors import ConfigError
 from pando.settings import WorkerSettings
+from worker.admission import SchedulerLimits
 from worker.engine import Engine, StepReport
 from worker.holdings import Holdings
 from worker.metrics import StepMetrics
+from worker.offload import Offload
 from worker.publisher import Publisher
 from worker.runner import ModelSpec, Runner
-from worker.scheduler import Scheduler, SchedulerLimits
+from worker.scheduler import Scheduler
 from worker.server import LinkServer, WorkerIdentity
 
 logger = logging.getLogger(__name__)
@@ -113,9 +115,18 @@ class WorkerProcess:
         epoch = _take_epoch(self._redis, settings)
         pool = BlockPool(spec.num_blocks, spec.block_size, reuse=settings.prefix_cache == "on")
         metrics = StepMetrics(self._on_step, model=spec.name, worker=settings.worker_id)
-        holdings = Holdings(pool)
-        scheduler = Scheduler(pool, _limits(settings, spec), holdings=holdings)
-        self._engine = Engine(self._runner, pool, scheduler, metrics, holdings=holdings, on_broken=self._on_broken)
+        offload = _offload(self._runner, pool)
+        tiers = offload.tiers if offload is not None else None
+        holdings = Holdings(pool, tiers)
+        self._engine = Engine(
+            self._runner,
+            pool,
+            Scheduler(pool, _limits(settings, spec), holdings=holdings, tiers=tiers),
+            metrics,
+            holdings=holdings,
+            offload=offload,
+            on_broken=self._on_broken,
+        )
         self._loop = _LoopThread()
         identity = _identity(settings, spec, epoch)
         self._server = self._loop.call(_make_server(self._engine, identity))
@@ -129,8 +140,9 @@ class WorkerProcess:
 
     def _publish(self, client: redis.Redis, identity: WorkerIdentity, spec: ModelSpec, address: str) -> Publisher:
         settings = self._settings
+        capacity = spec.num_blocks + settings.cpu_blocks
         publisher = Publisher(
-            RedisIndexWriter(client, settings.cluster, settings.worker_id, identity.epoch, capacity=spec.num_blocks),
+            RedisIndexWriter(client, settings.cluster, settings.worker_id, identity.epoch, capacity=capacity),
             LeaseKeeper(client, settings.cluster, ttl_s=settings.lease_ttl_s),
             _lease(settings, identity, spec, address),
             heartbeat_s=settings.heartbeat_s,
@@ -195,8 +207,11 @@ def _check(settings: WorkerSettings) -> None:
             raise ConfigError(f"{name} must be 1 or more")
     if settings.redis and not 0 < settings.heartbeat_s < settings.lease_ttl_s:
         raise ConfigError("heartbeat_s must be above 0 and below lease_ttl_s")
-    if settings.cpu_blocks:
-        raise ConfigError("cpu_blocks: this version keeps no KV in CPU memory")
+    for name in ("cpu_blocks", "window", "sinks"):
+        if getattr(settings, name) < 0:
+            raise ConfigError(f"{name} must be 0 or more")
+    if settings.sinks and not settings.window:
+        raise ConfigError("sinks are kept beside a window: --sinks needs --window")
 
 
 def _connect(settings: WorkerSettings) -> redis.Redis | None:
@@ -237,12 +252,21 @@ def _load_runner(settings: WorkerSettings) -> Runner:
     return load_model_runner(settings)
 
 
+def _offload(runner: Runner, pool: BlockPool) -> Offload | None:
+    """The CPU tier behind the pool, where the runner has memory for one."""
+    if runner.mover is None or not pool.reuse:
+        return None
+    return Offload(pool, runner.mover)
+
+
 def _limits(settings: WorkerSettings, spec: ModelSpec) -> SchedulerLimits:
     return SchedulerLimits(
         max_batch_tokens=settings.max_batch_tokens,
         max_sequences=settings.max_sequences,
         max_waiting=settings.max_waiting,
         max_model_len=spec.max_model_len,
+        window=spec.window,
+        sinks=spec.sinks,
     )
 
 

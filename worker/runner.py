@@ -48,7 +48,11 @@ class Runner(Protocol):
     """Executes batches one after the other, from one thread."""
 
     spec: ModelSpec
-    mover: BlockMover | None
+
+    @property
+    def mover(self) -> BlockMover | None:
+        """The CPU tier's memory, if there is one."""
+        ...
 
     def execute(self, batch: Batch) -> list[int]:
         """Run the step; one token id for each draw of each sequence, in batch order."""

@@ -9,31 +9,15 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Set
-from dataclasses import dataclass
 
 from kvstore.block_pool import BlockPool
-from kvstore.block_table import BlockTable
 from kvstore.scope import ScopeRoot
-from kvstore.tiers import Attached, Tiers
+from kvstore.tiers import Tiers
+from worker.admission import Admission, SchedulerLimits
 from worker.batch import Batch
 from worker.holdings import Holdings
-from worker.sequence import AdmissionFacts, Finish, Sequence, SequenceOutput, SequenceRequest, State
+from worker.sequence import Finish, Sequence, SequenceOutput, SequenceRequest, State
 from worker.step_plan import StepPlan
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """`max_batch_tokens` is the token budget of a step.
-
-    With a `window`, a token reads that many positions up to its own and the first `sinks`; the others are given back.
-    """
-
-    max_batch_tokens: int
-    max_sequences: int
-    max_waiting: int
-    max_model_len: int
-    window: int | None = None
-    sinks: int = 0
 
 
 class Scheduler:
@@ -49,15 +33,13 @@ class Scheduler:
     ) -> None:
         self._pool = pool
         self._limits = limits
-        self._holdings = holdings or Holdings(pool, tiers)
-        self._tiers = tiers
+        self._admission = Admission(pool, limits, holdings or Holdings(pool, tiers), tiers)
         self._sequences: dict[int, Sequence] = {}
         self._waiting: list[Sequence] = []  # by Sequence.order, as is _running
         self._running: list[Sequence] = []
         self._deadlines: list[tuple[float, int]] = []
         self._outputs: list[SequenceOutput] = []
         self._arrivals = 0
-        self._blocked: tuple[int, int] | None = None  # head of the queue and the blocks there were when it did not fit
         self.num_preemptions = 0
         self.draining = False
 
@@ -143,7 +125,7 @@ class Scheduler:
             if self._grow(sequence, step):
                 step.add(sequence)
                 index += 1
-        if step.budget and self.num_preemptions == preempted:
+        if step.is_empty or (step.budget and self.num_preemptions == preempted):
             for sequence in self._admissions(now):
                 step.add(sequence)
                 if not step.budget:
@@ -159,7 +141,7 @@ class Scheduler:
             table = sequence.blocks
             table.copies_done()
             table.seal(sequence.token_ids, sequence.num_computed_tokens)
-            self._leave_window(sequence)
+            self._admission.leave_window(sequence)
             if share.sampling is not None:
                 for one in (sequence, *self._fork(sequence)):
                     self._emit(one, one.append(next(sampled)))
@@ -215,22 +197,18 @@ class Scheduler:
         """
         table, end = sequence.blocks, step.end_of(sequence)
         while not (table.reserve(len(sequence.token_ids)) and table.prepare_write(sequence.num_computed_tokens, end)):
-            victim = next(one for one in reversed(self._running) if one is sequence or self._is_over_floor(one))
+            victim = next(
+                one for one in reversed(self._running) if one is sequence or self._admission.is_over_floor(one)
+            )
             self._preempt(victim)
             if victim is sequence:
                 return False
         return True
 
-    def _is_over_floor(self, sequence: Sequence, num_tokens: int = 0) -> bool:
-        """Whether its owner holds what is not its own, or would with blocks for so many tokens more."""
-        owner = self._pool.account(sequence.request.owner)
-        return owner.held + -(-num_tokens // self._pool.block_size) > owner.floor
-
     def _preempt(self, sequence: Sequence) -> None:
         """Back to its place in the queue; its full blocks stay cached, so coming back costs what is left of them."""
         _remove(self._running, sequence)
-        self._release(sequence)
-        sequence.num_computed_tokens = 0
+        sequence.release()
         sequence.state = State.WAITING
         insort(self._waiting, sequence, key=_order)
         self.num_preemptions += 1
@@ -255,93 +233,32 @@ class Scheduler:
         """Admit from the queue, in order, what gets blocks for all its tokens, so that it can finish its prompt.
 
         Those that wait for another sequence are passed by, and those that find they have to. Behind one that does not
-        fit goes only who takes what is its own.
+        fit go only those that take what is their own, and those that hold blocks already, loaded for them.
         """
-        blocked = False
+        blocked = given_up = False
         loading = 0
         for sequence in self._waiting.copy():
-            full = len(self._running) + loading >= self._limits.max_sequences
-            if full or (blocked and not self._holdings.has_floors):
+            if len(self._running) + loading >= self._limits.max_sequences:
                 return
-            loading += sequence.load is not None and not sequence.load.done
-            if sequence.must_wait or (blocked and self._is_over_floor(sequence, len(sequence.token_ids))):
+            holds = sequence.load is not None
+            if sequence.must_wait():
+                loading += holds
+            elif blocked and not holds and not self._admission.is_within_floor(sequence):
                 continue
-            if not self._is_blocked(sequence) and self._attach(sequence, now):
-                self._admit(sequence)
+            elif self._admission.attach(sequence, now, alone=not self._running):
+                _remove(self._waiting, sequence)
+                sequence.state = State.RUNNING
+                insort(self._running, sequence, key=_order)
                 yield sequence
-            elif sequence.must_wait:
+            elif sequence.must_wait():
                 loading += sequence.load is not None
+            elif self._admission.is_strict:
+                return
             else:
                 blocked = True
-
-    def _admit(self, sequence: Sequence) -> None:
-        self._blocked = None
-        _remove(self._waiting, sequence)
-        sequence.state = State.RUNNING
-        insort(self._running, sequence, key=_order)
-
-    def _is_blocked(self, sequence: Sequence) -> bool:
-        """Whether it did not fit and nothing has come free since."""
-        if self._blocked is None or self._blocked[0] != sequence.id or not self._running:
-            return False
-        return self._pool.num_available <= self._blocked[1]
-
-    def _attach(self, sequence: Sequence, now: float) -> bool:
-        """Find the cached prefix and take blocks for the rest. On False nothing is held, unless it has to wait for a
-        load into blocks of its own."""
-        if sequence.table is None and not self._find_prefix(sequence):
-            return False
-        table = sequence.blocks
-        if sequence.load is not None:
-            sequence.num_computed_tokens += sequence.load.num_loaded
-        while not table.reserve(self._reach(sequence, sequence.num_computed_tokens + self._limits.max_batch_tokens)):
-            if self._running or not self._holdings.give_way():
-                self._blocked = (sequence.id, self._pool.num_available)
-                self._release(sequence)
-                return False
-        self._leave_window(sequence)
-        if sequence.admission is None:
-            sequence.admission = self._facts(sequence, now)
-        sequence.load = None
-        return True
-
-    def _find_prefix(self, sequence: Sequence) -> bool:
-        """Hold the cached prefix; False if the sequence has to wait, for another one or for a load."""
-        table = BlockTable(self._pool, sequence.request.regions, no_store=sequence.request.no_store)
-        limit = len(sequence.token_ids) - 1
-        if self._tiers is None:
-            found = Attached(table.attach_prefix(sequence.token_ids, limit))
-        else:
-            found = self._tiers.attach_prefix(table, sequence.token_ids, limit)
-        sequence.wait = table.pending
-        if sequence.wait is not None:
-            table.release()
-            return False
-        sequence.table, sequence.load = table, found.load
-        sequence.num_computed_tokens = found.num_tokens
-        return not sequence.must_wait
-
-    def _facts(self, sequence: Sequence, now: float) -> AdmissionFacts:
-        cached, load, table = sequence.num_computed_tokens, sequence.load, sequence.blocks
-        loaded, published = (load.num_loaded, load.num_published) if load is not None else (0, 0)
-        return AdmissionFacts(
-            cached_device_tokens=cached - loaded,
-            cached_cpu_tokens=loaded,
-            cached_published_tokens=table.cached_published + published,
-            queue_s=now - sequence.queued_at,
-            blocks_copied=int(cached % self._pool.block_size > 0),
-        )
-
-    def _reach(self, sequence: Sequence, end: int) -> int:
-        """Up to where a sequence gets blocks: all its tokens, or, where a window gives others back, to `end`."""
-        num_tokens = len(sequence.token_ids)
-        return num_tokens if self._limits.window is None else min(num_tokens, end)
-
-    def _leave_window(self, sequence: Sequence) -> None:
-        """Give back blocks that no token to come will read."""
-        if self._limits.window is not None:
-            first = sequence.num_computed_tokens - self._limits.window + 1
-            sequence.blocks.release_before(max(first, 0), sinks=self._limits.sinks)
+                given_up |= holds
+        if given_up and not self._running:
+            yield from self._admissions(now)
 
     # Ends
 
@@ -353,7 +270,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence, output: SequenceOutput) -> None:
         """The one way out: blocks released, every list left, the last output said."""
-        self._release(sequence)
+        sequence.release()
         _remove(self._running if sequence.state is State.RUNNING else self._waiting, sequence)
         if sequence.request.deadline is not None:
             entry = (sequence.request.deadline, sequence.id)
@@ -373,11 +290,6 @@ class Scheduler:
                 self._end(fork, fork.end(Finish.ERROR, output.reason))
         else:
             self._lead(forks[0], forks[1:])
-
-    def _release(self, sequence: Sequence) -> None:
-        if sequence.table is not None:
-            sequence.table.release()
-            sequence.table = sequence.load = None
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

@@ -150,7 +150,6 @@ class Sequence:
         assert self.table is not None, "a running sequence has a block table"
         return self.table
 
-    @property
     def must_wait(self) -> bool:
         """Whether another try to admit it has no sense yet."""
         return (self.wait is not None and not self.wait.ready) or (self.load is not None and not self.load.done)
@@ -179,6 +178,13 @@ class Sequence:
         """Stop ids, until `min_tokens` have been generated."""
         sampling = self.request.sampling
         return sampling.stop_token_ids if self.num_generated_tokens < sampling.min_tokens else ()
+
+    def release(self) -> None:
+        """Give back its blocks; what was computed in them is no more its own."""
+        if self.table is not None:
+            self.table.release()
+        self.table = self.load = None
+        self.num_computed_tokens = 0
 
     def follow(self, origin: Sequence) -> None:
         """Its prompt is computed, by `origin`, which also says what admission found."""

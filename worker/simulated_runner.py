@@ -22,11 +22,15 @@ from pando.errors import ConfigError
 from pando.settings import WorkerSettings
 from worker.batch import Batch, SamplingParams, ScheduledSequence
 from worker.runner import BlockMover, ModelSpec
+from worker.simulated_mover import NEVER_WRITTEN, SimulatedMover
 
 DEFAULT_VOCAB_SIZE = 8192
 DEFAULT_MAX_MODEL_LEN = 8192
 DEFAULT_NUM_BLOCKS = 4096
-NEVER_WRITTEN = 0xFFFFFFFF
+ENDLESS = 1 << 30
+"""The longest sequence with a window."""
+MOVE_BLOCK_S = 2e-5
+"""What a block takes between the tiers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +54,20 @@ class SimulatedRunner:
         cost: StepCost,
         *,
         reserved_token_ids: frozenset[int] = frozenset(),
+        num_cpu_blocks: int = 0,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.spec = spec
-        self.mover: BlockMover | None = None
         self._cost = cost
         self._reserved = reserved_token_ids | set(spec.eos_token_ids)
         self._sleep = sleep
         self._clock = clock
         # [num_blocks, block_size]
         self._blocks: npt.NDArray[np.uint32] = np.full((spec.num_blocks, spec.block_size), NEVER_WRITTEN, np.uint32)
+        self.mover: BlockMover | None = None
+        if num_cpu_blocks:
+            self.mover = SimulatedMover(self._blocks, num_cpu_blocks, block_s=MOVE_BLOCK_S, clock=clock)
 
     def execute(self, batch: Batch) -> list[int]:
         """Write each share's tokens to its slots, then read each whole sequence back for its next token."""
@@ -91,9 +98,14 @@ class SimulatedRunner:
             tokens = tokens[len(part) :]
 
     def _read(self, share: ScheduledSequence) -> bytes:
-        num_tokens = share.start + len(share.token_ids)
-        table = np.array(share.block_ids[: -(-num_tokens // self.spec.block_size)], dtype=np.int64)
-        return self._blocks[table].reshape(-1)[:num_tokens].tobytes()
+        """The tokens that the last one of the share may look at: all, or its window and the sinks."""
+        spec, num_tokens = self.spec, share.start + len(share.token_ids)
+        table = np.array(share.block_ids[: -(-num_tokens // spec.block_size)], dtype=np.int64)
+        tokens = self._blocks[table].reshape(-1)[:num_tokens]
+        first = num_tokens - spec.window if spec.window is not None else 0
+        if first <= spec.sinks:
+            return tokens.tobytes()
+        return tokens[: spec.sinks].tobytes() + tokens[first:].tobytes()
 
     def _next_token(self, share: ScheduledSequence, draw: SamplingParams) -> int:
         seed = draw.seed if draw.temperature > 0 else 0
@@ -118,15 +130,18 @@ def load_simulated_runner(settings: WorkerSettings) -> SimulatedRunner:
     vocab_size = int(config.get("vocab_size", DEFAULT_VOCAB_SIZE))
     spec = ModelSpec(
         name=name,
-        fingerprint=_fingerprint(name, vocab_size),
+        fingerprint=_fingerprint(name, vocab_size, settings.window, settings.sinks),
         vocab_size=vocab_size,
         max_model_len=_max_model_len(settings, config),
         eos_token_ids=_eos_token_ids(folder, config),
         num_blocks=settings.device_blocks or DEFAULT_NUM_BLOCKS,
         block_size=settings.block_size,
+        window=settings.window or None,
+        sinks=settings.sinks,
     )
     cost = StepCost(settings.simulated_step_ms / 1e3, 1.0 / max(settings.simulated_prefill_tokens_per_s, 1e-9))
-    return SimulatedRunner(spec, cost, reserved_token_ids=_special_token_ids(folder, config))
+    reserved = _special_token_ids(folder, config)
+    return SimulatedRunner(spec, cost, reserved_token_ids=reserved, num_cpu_blocks=settings.cpu_blocks)
 
 
 def _model_folder(name: str) -> Path | None:
@@ -142,6 +157,8 @@ def _model_folder(name: str) -> Path | None:
 
 def _max_model_len(settings: WorkerSettings, config: dict[str, Any]) -> int:
     own = int(config.get("max_position_embeddings", DEFAULT_MAX_MODEL_LEN))
+    if settings.window:
+        return settings.max_model_len or ENDLESS
     if settings.max_model_len > own:
         raise ConfigError(f"max_model_len {settings.max_model_len} is over the model's own {own}")
     return settings.max_model_len or own
@@ -177,6 +194,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _fingerprint(name: str, vocab_size: int) -> bytes:
-    message = json.dumps(["simulated", name, vocab_size]).encode()
+def _fingerprint(name: str, vocab_size: int, window: int, sinks: int) -> bytes:
+    message = json.dumps(["simulated", name, vocab_size, window, sinks]).encode()
     return hashlib.blake2b(message, digest_size=16, person=b"pando.simulated").digest()

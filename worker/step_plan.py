@@ -19,6 +19,11 @@ class StepPlan:
         self._shares: list[ScheduledSequence] = []
         self._copies: list[BlockCopy] = []
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody has a share yet."""
+        return not self._shares
+
     def end_of(self, sequence: Sequence) -> int:
         """Where the sequence's share of what is left of the budget ends."""
         return min(sequence.num_computed_tokens + self.budget, len(sequence.token_ids))

@@ -12,9 +12,10 @@ import pytest
 from kvstore.block_pool import BlockPool
 from kvstore.scope import Region, ScopeRoot
 from pando.settings import WorkerSettings
+from worker.admission import SchedulerLimits
 from worker.batch import Batch, BlockCopy, SamplingParams, ScheduledSequence
 from worker.runner import Runner
-from worker.scheduler import Scheduler, SchedulerLimits
+from worker.scheduler import Scheduler
 from worker.sequence import SequenceRequest
 
 NUM_BLOCKS = 96

@@ -426,6 +426,24 @@ async def test_a_purge_says_by_count_what_it_forgot_and_ends_what_runs(start: Ca
 
 
 @pytest.mark.asyncio
+async def test_the_cpu_tier_gives_back_what_left_the_device(start: Callable[..., WorkerReady]) -> None:
+    ready = start(cpu_blocks=512, device_blocks=64, simulated_prefill_tokens_per_s=5e4)
+    prompts = [[i + 5, *range(100, 500)] for i in range(6)]
+    async with session(ready) as router:
+        for sequence, prompt in enumerate([*prompts, *prompts]):
+            await router.submit(sequence, prompt)
+            await router.ended(sequence)
+        assert [router.tokens[i] for i in range(6)] == [router.tokens[6 + i] for i in range(6)]
+        assert all(router.admissions[6 + i].cached_cpu_tokens >= 300 for i in range(6))
+        assert all(router.admissions[i].cached_cpu_tokens == 0 for i in range(6))
+        async with grpc.aio.insecure_channel(ready.address) as channel:
+            stub = worker_pb2_grpc.WorkerLinkStub(channel)
+            answer = await stub.Purge(pb.PurgeRequest(roots=[ROOT]), timeout=5)
+        assert answer.cpu_blocks >= 6 * 20
+    await load(ready, lambda load: load.free_blocks == 64)
+
+
+@pytest.mark.asyncio
 async def test_a_quota_that_makes_no_sense_is_malformed(start: Callable[..., WorkerReady]) -> None:
     async with session(start()) as router:
         await router.submit(1, [5, 6], quota=pb.Quota(device_floor=5, device_ceiling=4))
@@ -555,7 +573,8 @@ def test_a_port_that_is_taken_is_one_error_and_leaves_nothing(
         ["--no-such-option"],
         ["--runner", "model", "--model", "/nowhere"],
         ["--redis", "redis://127.0.0.1:1/0"],
-        ["--cpu-blocks", "5"],
+        ["--cpu-blocks=-5"],
+        ["--sinks", "4"],
         ["--block-size", "0"],
         ["--max-model-len", "999999"],
     ],

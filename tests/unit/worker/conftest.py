@@ -10,10 +10,13 @@ import pytest
 
 from kvstore.block_pool import BlockPool
 from kvstore.scope import Region, ScopeRoot
+from kvstore.tiers import Tiers
+from worker.admission import SchedulerLimits
 from worker.batch import Batch, SamplingParams
 from worker.holdings import Holdings, OwnerQuota, Publishers
+from worker.offload import Offload
 from worker.runner import ModelSpec
-from worker.scheduler import Scheduler, SchedulerLimits
+from worker.scheduler import Scheduler
 from worker.sequence import Finish, Fork, SequenceOutput, SequenceRequest
 from worker.simulated_runner import SimulatedRunner, StepCost
 
@@ -21,8 +24,10 @@ VOCAB_SIZE = 500
 EOS = 2
 
 
-def spec(num_blocks: int = 64, block_size: int = 4, max_model_len: int = 200) -> ModelSpec:
-    return ModelSpec("simulated", bytes(16), VOCAB_SIZE, max_model_len, (EOS,), num_blocks, block_size)
+def spec(
+    num_blocks: int = 64, block_size: int = 4, max_model_len: int = 200, window: int | None = None, sinks: int = 0
+) -> ModelSpec:
+    return ModelSpec("simulated", bytes(16), VOCAB_SIZE, max_model_len, (EOS,), num_blocks, block_size, window, sinks)
 
 
 @dataclass
@@ -56,18 +61,28 @@ class World:
         max_model_len: int = 200,
         reuse: bool = True,
         key_bits: int = 128,
+        num_cpu_blocks: int = 0,
+        window: int | None = None,
+        sinks: int = 0,
     ) -> None:
         self.now = 0.0
+        self.prefill_tokens_per_s = 10_000.0
         self.pool = BlockPool(num_blocks, block_size, key_bits=key_bits, reuse=reuse)
-        limits = SchedulerLimits(max_batch_tokens, max_sequences, max_waiting, max_model_len)
-        self.holdings = Holdings(self.pool)
-        self.scheduler = Scheduler(self.pool, limits, holdings=self.holdings)
+        limits = SchedulerLimits(max_batch_tokens, max_sequences, max_waiting, max_model_len, window, sinks)
         self.runner = SimulatedRunner(
-            spec(num_blocks, block_size, max_model_len),
+            spec(num_blocks, block_size, max_model_len, window, sinks),
             StepCost(0.001, 0.0001),
+            num_cpu_blocks=num_cpu_blocks,
             sleep=self.sleep,
             clock=lambda: self.now,
         )
+        self.tiers: Tiers | None = None
+        self.offload: Offload | None = None
+        if self.runner.mover is not None:
+            self.offload = Offload(self.pool, self.runner.mover)
+            self.tiers = self.offload.tiers
+        self.holdings = Holdings(self.pool, self.tiers)
+        self.scheduler = Scheduler(self.pool, limits, holdings=self.holdings, tiers=self.tiers)
         self.batches: list[Batch] = []
         self.results: dict[int, Result] = {}
 
@@ -114,10 +129,17 @@ class World:
         self._take()
 
     def step(self) -> bool:
+        if self.offload is not None:
+            self.offload.answer(step_s=0.001, prefill_tokens_per_s=self.prefill_tokens_per_s)
         batch = self.scheduler.schedule(self.now)
+        if self.offload is not None:
+            self.offload.order(demoting=batch is not None)
         if batch is not None:
             self.batches.append(batch)
             self.scheduler.complete(batch, self.runner.execute(batch))
+        elif self.offload is not None and self.offload.num_moving:
+            self.now += 0.001
+            return True
         self._take()
         return batch is not None
 
@@ -138,7 +160,10 @@ class World:
     def assert_nothing_held(self) -> None:
         assert self.pool.num_referenced == 0
         assert self.pool.num_free + self.pool.num_cached == self.pool.num_blocks
-        self.pool.check()
+        self.pool.check(deep=True)
+        if self.tiers is not None:
+            assert self.tiers.cpu.num_referenced == self.tiers.num_in_transfer == 0
+            self.tiers.check(deep=True)
 
     def _take(self) -> None:
         for output in self.scheduler.take_outputs():

@@ -15,10 +15,11 @@ from kvstore.block import BrokenInvariant
 from kvstore.block_pool import BlockPool
 from kvstore.scope import Region, ScopeRoot
 from pando.errors import ConfigError
+from worker.admission import SchedulerLimits
 from worker.batch import Batch, SamplingParams, ScheduledSequence
 from worker.engine import Engine, StepRates, StepReport
 from worker.runner import ModelSpec
-from worker.scheduler import Scheduler, SchedulerLimits
+from worker.scheduler import Scheduler
 from worker.sequence import Finish, SequenceOutput, SequenceRequest
 from worker.simulated_runner import SimulatedRunner, StepCost
 

@@ -1,0 +1,120 @@
+"""What it takes to begin a sequence: its cached prefix on the device or on its way there, and blocks for the rest.
+
+Knows one sequence at a time and nothing of the queue. Invariant: a sequence that is not admitted holds nothing, but for
+one whose load is under way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvstore.block_pool import BlockPool
+from kvstore.block_table import BlockTable
+from kvstore.tiers import Attached, Tiers
+from worker.holdings import Holdings
+from worker.sequence import AdmissionFacts, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """`max_batch_tokens` is the token budget of a step.
+
+    With a `window`, a token reads that many positions up to its own and the first `sinks`; the others are given back.
+    """
+
+    max_batch_tokens: int
+    max_sequences: int
+    max_waiting: int
+    max_model_len: int
+    window: int | None = None
+    sinks: int = 0
+
+
+class Admission:
+    """Attaches sequences to the blocks of one worker."""
+
+    def __init__(
+        self, pool: BlockPool, limits: SchedulerLimits, holdings: Holdings, tiers: Tiers | None = None
+    ) -> None:
+        self._pool = pool
+        self._limits = limits
+        self._holdings = holdings
+        self._tiers = tiers
+        self._blocked: tuple[int, int] | None = None  # who did not fit, and the blocks there were then
+
+    def attach(self, sequence: Sequence, now: float, *, alone: bool) -> bool:
+        """Find the cached prefix and take blocks for the rest; `alone`: nothing runs. On False nothing is held, unless the
+        sequence has to wait for a load into blocks of its own."""
+        if not alone and self._blocked == (sequence.id, self._pool.num_available):
+            return False
+        if sequence.table is None and not self._find_prefix(sequence):
+            return False
+        table = sequence.blocks
+        if sequence.load is not None:
+            sequence.num_computed_tokens += sequence.load.num_loaded
+        while not table.reserve(self.reach(sequence, sequence.num_computed_tokens + self._limits.max_batch_tokens)):
+            if not alone or not self._holdings.give_way():
+                sequence.release()
+                self._blocked = (sequence.id, self._pool.num_available)
+                return False
+        self.leave_window(sequence)
+        if sequence.admission is None:
+            sequence.admission = self._facts(sequence, now)
+        sequence.load = None
+        self._blocked = None
+        return True
+
+    def _find_prefix(self, sequence: Sequence) -> bool:
+        """Hold the cached prefix; False if the sequence has to wait, for another one or for a load."""
+        table = BlockTable(self._pool, sequence.request.regions, no_store=sequence.request.no_store)
+        limit = len(sequence.token_ids) - 1
+        if self._tiers is None:
+            found = Attached(table.attach_prefix(sequence.token_ids, limit))
+        else:
+            found = self._tiers.attach_prefix(table, sequence.token_ids, limit)
+        sequence.wait = table.pending
+        if sequence.wait is not None:
+            table.release()
+            return False
+        sequence.table, sequence.load = table, found.load
+        sequence.num_computed_tokens = found.num_tokens
+        return not sequence.must_wait()
+
+    def _facts(self, sequence: Sequence, now: float) -> AdmissionFacts:
+        cached, load, table = sequence.num_computed_tokens, sequence.load, sequence.blocks
+        loaded, published = (load.num_loaded, load.num_published) if load is not None else (0, 0)
+        return AdmissionFacts(
+            cached_device_tokens=cached - loaded,
+            cached_cpu_tokens=loaded,
+            cached_published_tokens=table.cached_published + published,
+            queue_s=now - sequence.queued_at,
+            blocks_copied=int(cached % self._pool.block_size > 0),
+        )
+
+    def reach(self, sequence: Sequence, end: int) -> int:
+        """Up to where a sequence gets blocks: all its tokens, or, where a window gives others back, to `end`."""
+        num_tokens = len(sequence.token_ids)
+        return num_tokens if self._limits.window is None else min(num_tokens, end)
+
+    def leave_window(self, sequence: Sequence) -> None:
+        """Give back blocks that no token to come will read."""
+        if self._limits.window is not None:
+            first = sequence.num_computed_tokens - self._limits.window + 1
+            sequence.blocks.release_before(max(first, 0), sinks=self._limits.sinks)
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether nobody may go before one that does not fit: there are no loads and no floors."""
+        return self._tiers is None and not self._holdings.has_floors
+
+    def is_over_floor(self, sequence: Sequence) -> bool:
+        """Whether its owner holds what is not its own."""
+        owner = self._pool.account(sequence.request.owner)
+        return owner.held > owner.floor
+
+    def is_within_floor(self, sequence: Sequence) -> bool:
+        """Whether its owner would still hold what is its own alone, with blocks for all its tokens."""
+        if not self._holdings.has_floors:
+            return False
+        owner = self._pool.account(sequence.request.owner)
+        return owner.held - (-len(sequence.token_ids) // self._pool.block_size) <= owner.floor
