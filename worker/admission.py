@@ -43,8 +43,8 @@ class Admission:
         self._blocked: tuple[int, int] | None = None  # who did not fit, and the blocks there were then
 
     def attach(self, sequence: Sequence, now: float, *, alone: bool) -> bool:
-        """Find the cached prefix and take blocks for the rest; `alone`: nothing runs. On False nothing is held, unless the
-        sequence has to wait for a load into blocks of its own."""
+        """Find the cached prefix and take blocks for the rest; `alone`: nothing runs. On False nothing is held, unless
+        the sequence has to wait for a load into blocks of its own."""
         if not alone and self._blocked == (sequence.id, self._pool.num_available):
             return False
         if sequence.table is None and not self._find_prefix(sequence):

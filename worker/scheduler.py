@@ -195,8 +195,9 @@ class Scheduler:
 
         False: it had to give up its own.
         """
-        table, end = sequence.blocks, step.end_of(sequence)
-        while not (table.reserve(len(sequence.token_ids)) and table.prepare_write(sequence.num_computed_tokens, end)):
+        table, start, end = sequence.blocks, sequence.num_computed_tokens, step.end_of(sequence)
+        reach = self._admission.reach(sequence, end)
+        while not (table.reserve(reach) and table.prepare_write(start, end)):
             victim = next(
                 one for one in reversed(self._running) if one is sequence or self._admission.is_over_floor(one)
             )
