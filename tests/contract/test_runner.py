@@ -14,6 +14,7 @@ from kvstore.scope import Region, ScopeRoot
 from pando.settings import WorkerSettings
 from worker.admission import SchedulerLimits
 from worker.batch import Batch, BlockCopy, SamplingParams, ScheduledSequence
+from worker.offload import Offload
 from worker.runner import Runner
 from worker.scheduler import Scheduler
 from worker.sequence import SequenceRequest
@@ -22,6 +23,7 @@ NUM_BLOCKS = 96
 BLOCK_SIZE = 16
 SETTINGS = WorkerSettings(
     model="pando-tiny",
+    cpu_blocks=64,
     device="cpu",
     dtype="float32",
     device_blocks=NUM_BLOCKS,
@@ -158,6 +160,14 @@ def test_copies_are_made_before_the_step(runner: Runner) -> None:
     assert runner.execute(batch) == whole
 
 
+def test_forks_draw_after_the_same_token_each_by_its_own_seed(runner: Runner) -> None:
+    ways = [SamplingParams(temperature=1.0, seed=seed) for seed in range(3)]
+    alone = [run(runner, share(prompt(20), [0, 1], sampling=way))[0] for way in ways]
+    other = share(prompt(9, seed=1), [5])
+    forked = share(prompt(20), [2, 3], sampling=ways[0], fork_sampling=tuple(ways[1:]))
+    assert run(runner, other, forked, other) == [*run(runner, other), *alone, *run(runner, other)]
+
+
 def test_banned_tokens_are_not_drawn(runner: Runner) -> None:
     tokens = prompt(12)
     banned: tuple[int, ...] = ()
@@ -178,28 +188,50 @@ def test_a_draw_depends_on_seed_and_position_alone(runner: Runner) -> None:
     assert len({tuple(drawn(seed)) for seed in range(4)}) > 1
 
 
-def engine_run(runner: Runner, *, num_blocks: int, budget: int, reuse: bool) -> tuple[list[list[int]], int]:
-    """Eight requests over two heads through the real scheduler; their tokens, and preemptions."""
+def engine_run(
+    runner: Runner, *, num_blocks: int, budget: int, reuse: bool, offloading: bool = False
+) -> tuple[list[list[int]], Scheduler, Offload | None]:
+    """Eight requests over two heads through the real scheduler, twice one after the other: their tokens."""
     pool = BlockPool(num_blocks, BLOCK_SIZE, reuse=reuse)
-    scheduler = Scheduler(pool, SchedulerLimits(budget, 8, 100, runner.spec.max_model_len))
+    offload = Offload(pool, runner.mover) if offloading and runner.mover is not None else None
+    tiers = offload.tiers if offload is not None else None
+    scheduler = Scheduler(pool, SchedulerLimits(budget, 8, 100, runner.spec.max_model_len), tiers=tiers)
     region = (Region(ScopeRoot(bytes(16)), None),)
-    for i in range(8):
+    found: list[list[int]] = [[] for _ in range(16)]
+    for number in range(16):
+        i = number % 8
         tokens = array("I", prompt(48, seed=i % 2) + prompt(3 + i, seed=10 + i))
-        scheduler.submit(SequenceRequest(i, tokens, len(tokens), region, SamplingParams(max_tokens=24)), 0.0)
-    found: list[list[int]] = [[] for _ in range(8)]
-    while (batch := scheduler.schedule(0.0)) is not None:
-        scheduler.complete(batch, runner.execute(batch))
-        for output in scheduler.take_outputs():
-            found[output.sequence_id] += output.token_ids
+        scheduler.submit(SequenceRequest(number, tokens, len(tokens), region, SamplingParams(max_tokens=24)), 0.0)
+        if number not in (7, 15):
+            continue
+        while scheduler.num_sequences or (offload is not None and offload.num_moving):
+            if offload is not None:
+                offload.answer(step_s=0.0, prefill_tokens_per_s=0.0)
+            batch = scheduler.schedule(0.0)
+            if offload is not None:
+                offload.order(demoting=batch is not None)
+            if batch is not None:
+                scheduler.complete(batch, runner.execute(batch))
+            for output in scheduler.take_outputs():
+                found[output.sequence_id] += output.token_ids
     assert pool.num_referenced == 0
-    return found, scheduler.num_preemptions
+    return found, scheduler, offload
 
 
 def test_scheduling_does_not_show(runner: Runner) -> None:
     """Batched with room, in small chunks, from a cache, and preempted in a pool for two: the same tokens."""
-    wanted, none = engine_run(runner, num_blocks=NUM_BLOCKS, budget=512, reuse=False)
-    assert none == 0
-    assert engine_run(runner, num_blocks=NUM_BLOCKS, budget=40, reuse=True) == (wanted, 0)
-    preempted, times = engine_run(runner, num_blocks=11, budget=64, reuse=True)
+    wanted, calm, _ = engine_run(runner, num_blocks=NUM_BLOCKS, budget=512, reuse=False)
+    assert calm.num_preemptions == 0
+    assert engine_run(runner, num_blocks=NUM_BLOCKS, budget=40, reuse=True)[0] == wanted
+    preempted, pressed, _ = engine_run(runner, num_blocks=11, budget=64, reuse=True)
     assert preempted == wanted
-    assert times > 0
+    assert pressed.num_preemptions > 0
+
+
+def test_offloading_does_not_show(runner: Runner) -> None:
+    wanted, _, _ = engine_run(runner, num_blocks=NUM_BLOCKS, budget=512, reuse=False)
+    found, _, offload = engine_run(runner, num_blocks=11, budget=64, reuse=True, offloading=True)
+    assert found == wanted
+    assert offload is not None
+    assert offload.counts.promoted > 0
+    assert offload.counts.corrupt == 0

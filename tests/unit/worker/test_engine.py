@@ -13,11 +13,13 @@ import pytest
 
 from kvstore.block import BrokenInvariant
 from kvstore.block_pool import BlockPool
+from kvstore.quota import Quota
 from kvstore.scope import Region, ScopeRoot
 from pando.errors import ConfigError
 from worker.admission import SchedulerLimits
 from worker.batch import Batch, SamplingParams, ScheduledSequence
-from worker.engine import Engine, StepRates, StepReport
+from worker.engine import Engine, EngineStopped, StepRates, StepReport
+from worker.holdings import OwnerQuota, PinRequest, PurgeCount
 from worker.runner import ModelSpec
 from worker.scheduler import Scheduler
 from worker.sequence import Finish, SequenceOutput, SequenceRequest
@@ -218,6 +220,37 @@ def test_warming_up_leaves_no_trace(harness: Callable[..., Harness]) -> None:
     it.engine.stop()
     assert it.pool.num_free == SPEC.num_blocks
     assert not [report for report in it.reports if report.outputs or report.events]
+
+
+def test_a_purge_is_answered_whatever_the_engine_does(harness: Callable[..., Harness]) -> None:
+    it = harness()
+    root = ScopeRoot(b"r" * 16)
+    it.submit(1, list(range(3, 40)))
+    it.ended(1)
+    assert it.engine.purge([root]).result(timeout=5) == PurgeCount(11)
+    it.submit(2, [3, 4, 5], max_tokens=900)
+    while not any(output.sequence_id == 2 for report in it.reports for output in report.outputs):
+        time.sleep(0.001)
+    assert it.engine.purge([root]).result(timeout=5).remaining == 0
+    assert it.ended(1)[2].reason == "PURGED"
+    it.engine.stop()
+    with pytest.raises(EngineStopped):
+        it.engine.purge([root]).result(timeout=5)
+
+
+def test_a_pin_ends_by_itself_on_an_idle_engine(harness: Callable[..., Harness]) -> None:
+    it = harness()
+    regions = (Region(ScopeRoot(b"r" * 16), None),)
+    tokens = list(range(3, 40))
+    it.submit(1, tokens)
+    it.ended(1)
+    it.engine.pin(PinRequest("x", regions, (), array("I", tokens), 0.3, OwnerQuota(Quota(pinned=9))))
+    deadline = time.monotonic() + 5
+    while it.pool.num_referenced != 9:
+        assert time.monotonic() < deadline
+    while it.pool.num_referenced:
+        time.sleep(0.01)
+        assert time.monotonic() < deadline
 
 
 def share(num_tokens: int) -> ScheduledSequence:
