@@ -141,7 +141,7 @@ class BlockTable:
     def _best_part(self, start: int, limit: int) -> Part | None:
         """The longest start of the next block in the scopes of the regions that lie in it, each up to its own end.
 
-        KV of a position depends on the tokens up to it alone, so what a sealed block holds behind the part, in the
+        Never the whole block: it would be ours, full and not sealed. KV of a position depends on the tokens up to it alone, so what a sealed block holds behind the part, in the
         hands of whoever sealed it, neither matters nor can be read.
         """
         size = self._pool.block_size
@@ -150,7 +150,7 @@ class BlockTable:
         for region in self._regions:
             if region.end is not None and region.end <= start:
                 continue
-            end = min(limit, start + size, limit if region.end is None else region.end)
+            end = min(limit, start + size - 1, limit if region.end is None else region.end)
             found = contents.closest(region.root, number, self._data[start * TOKEN_BYTES : end * TOKEN_BYTES])
             length = found[1] // TOKEN_BYTES if found else 0
             if found and length > (best.num_tokens if best else 0):

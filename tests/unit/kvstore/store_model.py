@@ -138,7 +138,8 @@ class Store:
             got = table.attach_prefix(running.tokens, limit)
         assert got <= full * SIZE + part
         if table.pending is not None:
-            assert got in (0, full * SIZE) and self.leads_on(running, full)
+            assert got == full * SIZE or (got == 0 and self.has_floors())
+            assert self.leads_on(running, got // SIZE)
             self.counts["waits"] += 1
             running.wait = table.pending
             table.release()
@@ -219,6 +220,8 @@ class Store:
             self.counts["refused"] += 1
             assert table.block_ids == blocks_before
             return
+        fresh = [BlockId(block) for block in table.block_ids[len(blocks_before) :]]
+        assert all(self.pool.generation(block) > self.generations[block] for block in fresh)
         shared = [
             i for i in range(start // SIZE, -(-end // SIZE)) if not self.pool.is_writable(BlockId(table.block_ids[i]))
         ]
