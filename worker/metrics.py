@@ -5,11 +5,14 @@ Knows nothing of how steps are made. Names follow vLLM's where they mean the sam
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from kvstore.tiers import TierCounts
 from worker.batch import Batch
 from worker.engine import Load, OnStep, StepReport
-from worker.sequence import SequenceOutput
+from worker.sequence import AdmissionFacts, SequenceOutput
 
 _STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -31,7 +34,22 @@ class StepMetrics:
         self._rate = self._gauge("prefill_tokens_per_second", "Moving average of the prefill rate")
         self._prompt = self._counter("prompt_tokens", "Prefill tokens computed")
         self._generated = self._counter("generation_tokens", "Tokens generated")
-        self._hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache at admission")
+        hits = Counter(
+            "pando_prefix_cache_hits",
+            "Prompt tokens found in the prefix cache at admission, by tier",
+            [*self._labels, "tier"],
+            registry=self.registry,
+        )
+        self._device_hits, self._cpu_hits = (hits.labels(*self._labels.values(), tier) for tier in ("device", "cpu"))
+        self._published_hits = self._counter("prefix_cache_published_hits", "Of these, in scopes that several share")
+        self._copied = self._counter("kv_blocks_copied", "KV blocks of which a sequence took the start by copy")
+        self._moved = Counter(
+            "pando_kv_blocks_moved",
+            "KV blocks and the CPU tier, by what became of them",
+            [*self._labels, "outcome"],
+            registry=self.registry,
+        )
+        self._moved_before = TierCounts()
         self._preempted = self._counter("num_preemptions", "Preemptions")
         self._finished = Counter(
             "pando_request_success",
@@ -53,6 +71,8 @@ class StepMetrics:
         self._preempted.inc(report.num_preemptions - self._num_preemptions)
         self._num_preemptions = report.num_preemptions
         self._count_outputs(report.outputs)
+        if report.moved is not None and report.moved != self._moved_before:
+            self._count_moved(report.moved)
         if report.load is not None:
             self._show(report.load)
 
@@ -60,10 +80,23 @@ class StepMetrics:
         self._generated.inc(sum(len(output.token_ids) for output in outputs))
         for output in outputs:
             if output.admission is not None:
-                self._hits.inc(output.admission.cached_device_tokens)
-                self._queue_seconds.observe(output.admission.queue_s)
+                self._count_admission(output.admission)
             if output.finish is not None:
                 self._finished.labels(*self._labels.values(), output.finish.value).inc()
+
+    def _count_admission(self, facts: AdmissionFacts) -> None:
+        self._device_hits.inc(facts.cached_device_tokens)
+        self._cpu_hits.inc(facts.cached_cpu_tokens)
+        self._published_hits.inc(facts.cached_published_tokens)
+        self._copied.inc(facts.blocks_copied)
+        self._queue_seconds.observe(facts.queue_s)
+
+    def _count_moved(self, moved: TierCounts) -> None:
+        for outcome, count in asdict(moved).items():
+            change = count - getattr(self._moved_before, outcome)
+            if change:
+                self._moved.labels(*self._labels.values(), outcome).inc(change)
+        self._moved_before = replace(moved)
 
     def _show(self, load: Load) -> None:
         self._running.set(load.running)

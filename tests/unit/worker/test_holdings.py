@@ -164,6 +164,32 @@ def test_who_stays_within_its_floor_is_not_preempted(world: MakeWorld) -> None:
     assert starts == sorted(set(starts))
 
 
+def hit_ratio_of_b(fleet: Any, burst: int) -> float:
+    """B asks for its 8 heads again and again, within its floor; A sends unique prompts between."""
+    heads = [prompt(32, seed=i) for i in range(8)]
+    found = asked = 0
+    for turn in range(6):
+        for i, head in enumerate(heads):
+            for n in range(burst):
+                fleet.submit(
+                    prompt(40, seed=1000 * turn + 10 * i + n), regions=own(A), quota=floor(0, 40), max_tokens=2
+                )
+            mine = fleet.submit([*head, 5, turn + 6], regions=own(B), quota=floor(96), max_tokens=1)
+            fleet.run()
+            if turn:
+                found += fleet.results[mine].outputs[0].admission.cached_device_tokens
+                asked += 34
+    return found / asked
+
+
+def test_a_burst_of_another_tenant_leaves_a_floor_as_it_is(world: MakeWorld) -> None:
+    """A sends ten times its ceiling in each turn."""
+    calm = hit_ratio_of_b(world(num_blocks=160), 0)
+    stormy = hit_ratio_of_b(world(num_blocks=160), 5)
+    assert calm > 0.9
+    assert abs(calm - stormy) <= 0.02
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_quotas_lose_no_request(world: MakeWorld, seed: int) -> None:
     rng = random.Random(seed)

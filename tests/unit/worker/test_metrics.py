@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 
+from kvstore.tiers import TierCounts
 from worker.batch import Batch, SamplingParams, ScheduledSequence
 from worker.engine import Load, StepReport
 from worker.metrics import StepMetrics
@@ -19,7 +20,7 @@ def test_reports_are_counted_and_passed_on() -> None:
     metrics = StepMetrics(passed.append, model="m", worker="w")
     first = StepReport(
         outputs=[
-            SequenceOutput(1, 0, (5,), admission=AdmissionFacts(32, 16, 0.5)),
+            SequenceOutput(1, 0, (5,), admission=AdmissionFacts(32, 16, 0.5, 1, 48)),
             SequenceOutput(2, 3, (6,), finish=Finish.STOP),
             SequenceOutput(3, 0, finish=Finish.REJECTED),
         ],
@@ -28,8 +29,9 @@ def test_reports_are_counted_and_passed_on() -> None:
         batch=Batch((share(10), share(1), share(1, last=False))),
         seconds=0.02,
         num_preemptions=3,
+        moved=TierCounts(demoted=5),
     )
-    second = StepReport([SequenceOutput(1, 1, (5,))], [], None, Batch((share(1),)), 0.01, 4)
+    second = StepReport([SequenceOutput(1, 1, (5,))], [], None, Batch((share(1),)), 0.01, 4, TierCounts(7, 3))
     metrics(first)
     metrics(second)
     assert passed == [first, second]
@@ -39,7 +41,9 @@ def test_reports_are_counted_and_passed_on() -> None:
 
     assert value("prompt_tokens_total") == 11
     assert value("generation_tokens_total") == 3
-    assert value("prefix_cache_hits_total") == 32
+    assert [value("prefix_cache_hits_total", tier=tier) for tier in ("device", "cpu")] == [32, 48]
+    assert (value("prefix_cache_published_hits_total"), value("kv_blocks_copied_total")) == (16, 1)
+    assert [value("kv_blocks_moved_total", outcome=what) for what in ("demoted", "promoted")] == [7, 3]
     assert value("num_preemptions_total") == 4
     assert value("request_success_total", finished_reason="stop") == 1
     assert value("request_success_total", finished_reason="rejected") == 1

@@ -173,6 +173,25 @@ def test_scopes_do_not_wait_for_each_other(world: MakeWorld) -> None:
     assert computed(fleet) == 2 * 640
 
 
+@pytest.mark.parametrize("end", [2000, 1993])
+def test_256_tenants_compute_a_published_head_once_and_see_nothing_else_of_each_other(
+    world: MakeWorld, end: int
+) -> None:
+    """All at once and cold; the tails are equal, so whoever reads over the border computes too little."""
+    fleet = many(world, num_blocks=4096, max_waiting=1000)
+    public = ScopeRoot(b"public".ljust(16))
+    head, tail = prompt(end), prompt(40, seed=1)
+    regions = [(Region(public, end), Region(ScopeRoot(bytes([i] * 16)), None)) for i in range(256)]
+    ids = [fleet.submit(head + tail, max_tokens=1, regions=one) for one in regions]
+    fleet.run()
+    shared = end // 16 * 16
+    assert computed(fleet) == shared + 256 * (end + 40 - shared)
+    assert [facts(fleet, i).cached_published_tokens for i in ids] == [0] + [shared] * 255
+    assert [facts(fleet, i).cached_device_tokens for i in ids] == [0] + [shared] * 255
+    assert len({tuple(fleet.results[i].token_ids) for i in ids}) == 1
+    fleet.assert_nothing_held()
+
+
 # Forks
 
 
