@@ -25,16 +25,20 @@ FINISH_DEADLINE: Finish
 FINISH_REJECTED: Finish
 
 class RouterMessage(_message.Message):
-    __slots__ = ("hello", "submit", "cancel", "ping")
+    __slots__ = ("hello", "submit", "cancel", "ping", "pin", "unpin")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    UNPIN_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     submit: Submit
     cancel: Cancel
     ping: Ping
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
+    pin: Pin
+    unpin: Unpin
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pin: _Optional[_Union[Pin, _Mapping]] = ..., unpin: _Optional[_Union[Unpin, _Mapping]] = ...) -> None: ...
 
 class RouterHello(_message.Message):
     __slots__ = ("router", "key_fingerprint", "epoch")
@@ -47,12 +51,28 @@ class RouterHello(_message.Message):
     def __init__(self, router: _Optional[str] = ..., key_fingerprint: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Region(_message.Message):
-    __slots__ = ("scope_root", "end")
+    __slots__ = ("scope_root", "end", "owner")
     SCOPE_ROOT_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     scope_root: bytes
     end: int
-    def __init__(self, scope_root: _Optional[bytes] = ..., end: _Optional[int] = ...) -> None: ...
+    owner: bytes
+    def __init__(self, scope_root: _Optional[bytes] = ..., end: _Optional[int] = ..., owner: _Optional[bytes] = ...) -> None: ...
+
+class Quota(_message.Message):
+    __slots__ = ("device_floor", "cpu_floor", "device_ceiling", "cpu_ceiling", "pinned")
+    DEVICE_FLOOR_FIELD_NUMBER: _ClassVar[int]
+    CPU_FLOOR_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_CEILING_FIELD_NUMBER: _ClassVar[int]
+    CPU_CEILING_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    device_floor: int
+    cpu_floor: int
+    device_ceiling: int
+    cpu_ceiling: int
+    pinned: int
+    def __init__(self, device_floor: _Optional[int] = ..., cpu_floor: _Optional[int] = ..., device_ceiling: _Optional[int] = ..., cpu_ceiling: _Optional[int] = ..., pinned: _Optional[int] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop_token_ids", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -81,7 +101,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("sequence", "request_id", "attempt", "token_ids", "num_prompt_tokens", "regions", "sampling", "priority", "deadline_ms", "no_store")
+    __slots__ = ("sequence", "request_id", "attempt", "token_ids", "num_prompt_tokens", "regions", "sampling", "priority", "deadline_ms", "no_store", "quota")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +112,7 @@ class Submit(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     NO_STORE_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     request_id: str
     attempt: int
@@ -102,7 +123,28 @@ class Submit(_message.Message):
     priority: int
     deadline_ms: int
     no_store: bool
-    def __init__(self, sequence: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., regions: _Optional[_Iterable[_Union[Region, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., no_store: _Optional[bool] = ...) -> None: ...
+    quota: Quota
+    def __init__(self, sequence: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., regions: _Optional[_Iterable[_Union[Region, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., no_store: _Optional[bool] = ..., quota: _Optional[_Union[Quota, _Mapping]] = ...) -> None: ...
+
+class Pin(_message.Message):
+    __slots__ = ("prefix", "regions", "token_ids", "ttl_ms", "quota")
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TTL_MS_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_FIELD_NUMBER: _ClassVar[int]
+    prefix: bytes
+    regions: _containers.RepeatedCompositeFieldContainer[Region]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    ttl_ms: int
+    quota: Quota
+    def __init__(self, prefix: _Optional[bytes] = ..., regions: _Optional[_Iterable[_Union[Region, _Mapping]]] = ..., token_ids: _Optional[_Iterable[int]] = ..., ttl_ms: _Optional[int] = ..., quota: _Optional[_Union[Quota, _Mapping]] = ...) -> None: ...
+
+class Unpin(_message.Message):
+    __slots__ = ("prefix",)
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    prefix: bytes
+    def __init__(self, prefix: _Optional[bytes] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("sequence",)
@@ -265,3 +307,19 @@ class DrainResponse(_message.Message):
     finished: int
     cancelled: int
     def __init__(self, finished: _Optional[int] = ..., cancelled: _Optional[int] = ...) -> None: ...
+
+class PurgeRequest(_message.Message):
+    __slots__ = ("roots",)
+    ROOTS_FIELD_NUMBER: _ClassVar[int]
+    roots: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, roots: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class PurgeResponse(_message.Message):
+    __slots__ = ("device_blocks", "cpu_blocks", "remaining")
+    DEVICE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CPU_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_FIELD_NUMBER: _ClassVar[int]
+    device_blocks: int
+    cpu_blocks: int
+    remaining: int
+    def __init__(self, device_blocks: _Optional[int] = ..., cpu_blocks: _Optional[int] = ..., remaining: _Optional[int] = ...) -> None: ...

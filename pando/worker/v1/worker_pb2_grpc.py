@@ -49,6 +49,11 @@ class WorkerLinkStub:
                 request_serializer=pando_dot_worker_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=pando_dot_worker_dot_v1_dot_worker__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Purge = channel.unary_unary(
+                '/pando.worker.v1.WorkerLink/Purge',
+                request_serializer=pando_dot_worker_dot_v1_dot_worker__pb2.PurgeRequest.SerializeToString,
+                response_deserializer=pando_dot_worker_dot_v1_dot_worker__pb2.PurgeResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerLinkServicer:
@@ -75,6 +80,13 @@ class WorkerLinkServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Purge(self, request, context):
+        """Forget all blocks of some scopes, on every tier.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerLinkServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +104,11 @@ def add_WorkerLinkServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=pando_dot_worker_dot_v1_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=pando_dot_worker_dot_v1_dot_worker__pb2.DrainResponse.SerializeToString,
+            ),
+            'Purge': grpc.unary_unary_rpc_method_handler(
+                    servicer.Purge,
+                    request_deserializer=pando_dot_worker_dot_v1_dot_worker__pb2.PurgeRequest.FromString,
+                    response_serializer=pando_dot_worker_dot_v1_dot_worker__pb2.PurgeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +192,33 @@ class WorkerLink:
             '/pando.worker.v1.WorkerLink/Drain',
             pando_dot_worker_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
             pando_dot_worker_dot_v1_dot_worker__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Purge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pando.worker.v1.WorkerLink/Purge',
+            pando_dot_worker_dot_v1_dot_worker__pb2.PurgeRequest.SerializeToString,
+            pando_dot_worker_dot_v1_dot_worker__pb2.PurgeResponse.FromString,
             options,
             channel_credentials,
             insecure,
