@@ -19,11 +19,12 @@ from kvstore.scope import TenantId
 from pando.errors import ConfigError
 from pando.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc, prefixes_pb2, prefixes_pb2_grpc
 from router.admin_api import AdminService, RouterView
-from router.auth import Authenticator, Metadata, Tenant, require_admin
+from router.auth import Authenticator, Metadata, require_admin
 from router.grpc_api import RAW_CHECKS, InferenceService, PrefixesService
 from router.health import HealthService
 from router.interceptors import Gate, GateLimits
 from router.metrics import Metrics
+from router.tenants import Tenant
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 PREFIXES = prefixes_pb2.DESCRIPTOR.services_by_name["Prefixes"].full_name

@@ -12,7 +12,6 @@ from router.admission import Admission
 from router.auth import (
     KeyedTenants,
     NamedTenants,
-    Tenant,
     check_admin_key,
     is_loopback,
     key_hash,
@@ -20,6 +19,7 @@ from router.auth import (
     open_authenticator,
     require_admin,
 )
+from router.tenants import KvQuota, Tenant
 
 
 class Clock:
