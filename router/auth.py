@@ -12,7 +12,7 @@ import ipaddress
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,12 +30,15 @@ log = logging.getLogger(__name__)
 
 
 class Authenticator(Protocol):
-    """From a call's metadata to its tenant; raises `Unauthenticated`. `names` are the tenants known beforehand."""
-
-    @property
-    def names(self) -> tuple[TenantId, ...]: ...
+    """From a call's metadata to its tenant; raises `Unauthenticated`."""
 
     def tenant(self, metadata: Metadata) -> Tenant: ...
+
+    def known(self) -> Sequence[TenantId]:
+        """Tenants that have a record, whether or not they call."""
+
+    def lookup(self, name: TenantId) -> Tenant | None:
+        """What a tenant may do that is not calling; None where nobody of this name has a record."""
 
 
 def make_key() -> tuple[str, str]:
@@ -83,15 +86,19 @@ def is_loopback(host: str) -> bool:
 class NamedTenants:
     """Without keys, on loopback: `x-pando-tenant` names the tenant, which may publish to all and is in no group."""
 
-    names: tuple[TenantId, ...] = ()
-
     def tenant(self, metadata: Metadata) -> Tenant:
         names = [value for name, value in metadata if name == "x-pando-tenant"]
         if not names:
-            return _named(DEFAULT_TENANT)
+            return self.lookup(DEFAULT_TENANT)
         if len(names) > 1 or not isinstance(names[0], str) or not is_tenant_name(names[0]):
             raise InvalidRequest("x-pando-tenant must be one name of up to 64 letters, digits, '.', '_' or '-'")
-        return _named(TenantId(names[0]))
+        return self.lookup(TenantId(names[0]))
+
+    def known(self) -> Sequence[TenantId]:
+        return ()
+
+    def lookup(self, name: TenantId) -> Tenant:
+        return Tenant(name, publish=frozenset(AUDIENCES))
 
 
 class KeyedTenants:
@@ -104,11 +111,6 @@ class KeyedTenants:
         self._file = read_tenants(path)
         self._checked = clock()
 
-    @property
-    def names(self) -> tuple[TenantId, ...]:
-        """In the order of the file."""
-        return self._file.names
-
     def tenant(self, metadata: Metadata) -> Tenant:
         self._reload_if_changed()
         digest = _digest(_bearer(metadata))
@@ -117,6 +119,13 @@ class KeyedTenants:
         if tenant is None:
             raise Unauthenticated("the key is not valid")
         return tenant
+
+    def known(self) -> Sequence[TenantId]:
+        return tuple(self._file.by_name)
+
+    def lookup(self, name: TenantId) -> Tenant | None:
+        self._reload_if_changed()
+        return self._file.by_name.get(name)
 
     def _reload_if_changed(self) -> None:
         now = self._clock()
@@ -132,10 +141,6 @@ class KeyedTenants:
             log.info("tenants file reloaded: %d keys", len(self._file.by_digest))
         except ConfigError as error:
             log.error("tenants file not reloaded, the keys before it stay: %s", error.message)
-
-
-def _named(tenant: TenantId) -> Tenant:
-    return Tenant(tenant, publish=frozenset(AUDIENCES))
 
 
 def _bearer(metadata: Metadata) -> str:

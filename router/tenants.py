@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,16 @@ _KEY_HASH = re.compile(r"sha256:([0-9a-f]{64})")
 
 @dataclass(frozen=True, slots=True)
 class KvQuota:
-    """KV blocks that a tenant may have on each worker. A floor is always its own; a ceiling of None is none."""
+    """KV blocks that a tenant may have on each worker. A floor is always its own; a ceiling of None is none.
+
+    `pinned` is its budget for published prefixes: over the whole fleet, each copy counted, so also on one worker.
+    """
 
     device_floor: int = 0
     device_ceiling: int | None = None
     cpu_floor: int = 0
     cpu_ceiling: int | None = None
+    pinned: int = DEFAULT_PUBLISH_BUDGET_BLOCKS
 
 
 NO_QUOTA = KvQuota()
@@ -46,7 +50,7 @@ NO_QUOTA = KvQuota()
 class Tenant:
     """An authenticated caller and what it may use. `max_in_flight` 0 sets no limit of its own.
 
-    `publish` says with whom it may share prefixes; they may pin `publish_budget_blocks` in all, each copy counted.
+    `publish` says with whom it may share prefixes.
     """
 
     id: TenantId
@@ -54,15 +58,14 @@ class Tenant:
     groups: tuple[str, ...] = ()
     publish: frozenset[str] = DEFAULT_PUBLISH
     quota: KvQuota = NO_QUOTA
-    publish_budget_blocks: int = DEFAULT_PUBLISH_BUDGET_BLOCKS
 
 
 @dataclass(frozen=True, slots=True)
 class TenantsFile:
-    """What one reading of the file found: tenants by the SHA-256 of their keys, and their names in the file's order."""
+    """What one reading of the file found: tenants by the SHA-256 of their keys, and by name in the file's order."""
 
-    by_digest: Mapping[bytes, Tenant] = field(default_factory=dict)
-    names: tuple[TenantId, ...] = ()
+    by_digest: Mapping[bytes, Tenant]
+    by_name: Mapping[TenantId, Tenant]
 
 
 def is_tenant_name(name: str) -> bool:
@@ -82,13 +85,15 @@ def read_tenants(path: Path) -> TenantsFile:
     if document or not isinstance(tenants, dict) or not tenants:
         raise ConfigError(f"the tenants file {path} must hold [tenants.NAME] tables and nothing else")
     found: dict[bytes, Tenant] = {}
+    by_name: dict[TenantId, Tenant] = {}
     for name, record in tenants.items():
         tenant, digests = _read_tenant(name, record)
+        by_name[tenant.id] = tenant
         for digest in digests:
             if digest in found:
                 raise ConfigError(f"tenants '{found[digest].id}' and '{name}' have the same key")
             found[digest] = tenant
-    return TenantsFile(found, tuple(map(TenantId, tenants)))
+    return TenantsFile(found, by_name)
 
 
 def _read_tenant(name: str, record: Any) -> tuple[Tenant, list[bytes]]:
@@ -106,7 +111,6 @@ def _read_tenant(name: str, record: Any) -> tuple[Tenant, list[bytes]]:
         groups=_groups(name, record),
         publish=_publish(name, record),
         quota=_quota(name, record),
-        publish_budget_blocks=_budget(name, record),
     )
     return tenant, [_parse_hash(name, key) for key in keys]
 
@@ -120,12 +124,9 @@ def _quota(name: str, record: Mapping[str, Any]) -> KvQuota:
     for tier, floor, ceiling in (("device", device_floor, device_ceiling), ("cpu", cpu_floor, cpu_ceiling)):
         if ceiling is not None and ceiling < (floor or 0):
             raise ConfigError(f"{tier}_ceiling_blocks of tenant '{name}' is below its {tier}_floor_blocks")
-    return KvQuota(device_floor or 0, device_ceiling, cpu_floor or 0, cpu_ceiling)
-
-
-def _budget(name: str, record: Mapping[str, Any]) -> int:
     budget = _count(name, record, "publish_budget_blocks")
-    return DEFAULT_PUBLISH_BUDGET_BLOCKS if budget is None else budget
+    pinned = DEFAULT_PUBLISH_BUDGET_BLOCKS if budget is None else budget
+    return KvQuota(device_floor or 0, device_ceiling, cpu_floor or 0, cpu_ceiling, pinned)
 
 
 def _groups(name: str, record: Mapping[str, Any]) -> tuple[str, ...]:
