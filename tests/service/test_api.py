@@ -17,11 +17,13 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+import redis.asyncio
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import pando
+from kvstore.block import WorkerId
 from pando.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -31,10 +33,9 @@ from pando.errors import (
     ResourceExhausted,
     Unauthenticated,
     Unavailable,
-    Unsupported,
 )
 from pando.model_folder import resolve_model
-from pando.v1 import admin_pb2, admin_pb2_grpc, prefixes_pb2, prefixes_pb2_grpc
+from pando.v1 import admin_pb2, admin_pb2_grpc
 from pando.v1 import inference_pb2 as pb
 from pando.v1 import inference_pb2_grpc as stubs
 from router.admin_api import RouterView
@@ -48,7 +49,13 @@ from router.health import HealthService
 from router.interceptors import GateLimits
 from router.metrics import Metrics
 from router.model_card import read_model_card
-from router.server import ServerOptions, admin_server, listen, public_server
+from router.prefix_catalog import PrefixCatalog, PrefixRecord, Published
+from router.prefix_registry import PrefixRegistry
+from router.prefix_seal import PrefixSeal
+from router.prefixes_api import PrefixesService
+from router.publishing import Publishing
+from router.purging import PurgeReport
+from router.server import PublicServices, ServerOptions, admin_server, listen, public_server
 from router.tokenizer import Tokenizer
 
 MAX_MESSAGE = 1024 * 1024
@@ -98,6 +105,18 @@ class FakeFleet:
                 )
         finally:
             self.open -= 1
+
+    def homes(self, record: PrefixRecord) -> list[WorkerId]:
+        return [WorkerId("w0")]
+
+    async def settle(self, published: Published) -> None:
+        """Nothing is pinned."""
+
+
+async def purge(tenant: str) -> PurgeReport:
+    if tenant == "silent":
+        raise Unavailable("not purged: no answer from w0", reason="PURGE_INCOMPLETE")
+    return PurgeReport(device_blocks=5, cpu_blocks=4, remaining_blocks=3, workers=2, prefixes=1)
 
 
 class House:
@@ -164,9 +183,10 @@ Start = Callable[..., Any]
 
 
 @pytest_asyncio.fixture
-async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
+async def start(tokenizer: Tokenizer, redis_url: str) -> AsyncIterator[Start]:
     """Starts a house; keywords: tenants file, admin key, limits, max_in_flight."""
     servers: list[grpc.aio.Server] = []
+    registries: list[PrefixRegistry] = []
 
     async def make(
         *, tenants: Path | None = None, admin_key: str = "", limits: GateLimits = LIMITS, max_in_flight: int = 100
@@ -177,11 +197,16 @@ async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
         card = read_model_card("pando-tiny", resolve_model("pando-tiny"))
         generation = Generation(fleet, tokenizer, admission, metrics)
         inference = InferenceService(generation, tokenizer, lambda: card, block_size=16)
-        view = RouterView("r1", metrics, admission, lambda: [VIEW], lambda: 7, lambda: True, lambda: 1.5)
+        client = redis.asyncio.Redis.from_url(redis_url)
+        registry = PrefixRegistry(client, "api", PrefixSeal(b"s", "api"), PrefixCatalog(), model="pando-tiny")
+        registries.append(registry)
+        publishing = Publishing(registry, fleet, fleet, model="pando-tiny", block_size=16)
+        prefixes = PrefixesService(publishing, tokenizer, admission, lambda: card, lambda _: 1, block_size=16)
+        view = RouterView("r1", metrics, admission, lambda: [VIEW], lambda: 7, lambda: True, lambda: 1.5, purge)
         house = House(fleet, tokenizer, "", "", metrics)
         health = HealthService(lambda: house.ready, ("pando.v1.Inference",))
         identity = KeyedTenants(tenants) if tenants else NamedTenants()
-        public = public_server(inference, health, identity, metrics, options)
+        public = public_server(PublicServices(inference, prefixes, health), identity, metrics, options)
         admin = admin_server(view, admin_key, options)
         house.public, house.admin = listen(public, "127.0.0.1", 0), listen(admin, "127.0.0.1", 0)
         for server in (public, admin):
@@ -192,6 +217,8 @@ async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
     yield make
     for server in servers:
         await server.stop(0)
+    for registry in registries:
+        await registry.stop()
 
 
 @pytest_asyncio.fixture
@@ -352,30 +379,12 @@ async def test_chat_tokenize_detokenize_and_models(house: House) -> None:
 
 
 @pytest.mark.asyncio
-async def test_published_prefixes_are_of_a_later_release(house: House) -> None:
-    async with house.client() as client:
-        with pytest.raises(Unsupported, match="not served by this version"):
-            await client.publish_prefix(text="x", scope="public", ttl_s=3600)
-    async with grpc.aio.insecure_channel(house.public) as channel:
-        prefixes = prefixes_pb2_grpc.PrefixesStub(channel)
-        for call, request in (
-            (prefixes.GetPrefix, prefixes_pb2.GetPrefixRequest()),
-            (prefixes.ListPrefixes, prefixes_pb2.ListPrefixesRequest()),
-            (prefixes.DeletePrefix, prefixes_pb2.DeletePrefixRequest()),
-        ):
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call(request, timeout=5)
-            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-
-
-@pytest.mark.asyncio
 async def test_the_plain_client_does_the_same(house: House) -> None:
     def plain() -> tuple[pando.Generation, list[pando.Chunk]]:
         with pando.Client(house.public, tenant="t", timeout=5) as client:
             with pytest.raises(InvalidRequest):
                 client.generate(text="x", n=9)
-            with pytest.raises(Unsupported):
-                client.publish_prefix(text="x", scope="own")
+            assert client.list_prefixes() == ()
             assert client.detokenize(client.tokenize(text="abc")) == "abc"
             assert client.list_models()[0].name == "pando-tiny"
             early = client.stream(text="x", max_tokens=1000)
@@ -836,7 +845,6 @@ async def test_admin_tells_what_happened(start: Start) -> None:
         [worker] = (await admin.ListWorkers(admin_pb2.ListWorkersRequest(), metadata=key, timeout=5)).workers
         for call, request in (
             (admin.DrainWorker, admin_pb2.DrainWorkerRequest()),
-            (admin.PurgeTenant, admin_pb2.PurgeTenantRequest()),
             (admin.ExplainPlacement, admin_pb2.ExplainPlacementRequest()),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:

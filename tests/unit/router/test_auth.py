@@ -19,7 +19,7 @@ from router.auth import (
     open_authenticator,
     require_admin,
 )
-from router.tenants import KvQuota, Tenant
+from router.tenants import Tenant
 
 
 class Clock:
