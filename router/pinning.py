@@ -32,7 +32,7 @@ AT_ONCE = 64
 
 log = logging.getLogger(__name__)
 
-Warm = Callable[[PrefixRecord, WorkerId, float], Awaitable[None]]
+Warm = Callable[[PrefixRecord, WorkerId, KvQuota, float], Awaitable[None]]
 
 
 class Pinning:
@@ -144,16 +144,19 @@ class Pinning:
         now = self._catalog.clock()
         # The first time it is seen, whoever published it may be computing it still.
         since = now - self._warmed_at.setdefault(record.id, now)
-        if self.warm is None or not record.warm or since < WARM_AGAIN_S:
+        quota = self._quota_of(record.publisher)
+        if self.warm is None or quota is None or not record.warm or since < WARM_AGAIN_S:
             return
         self._warmed_at[record.id] = now
-        task = asyncio.create_task(self._warm(self.warm, record, worker))
+        task = asyncio.create_task(
+            self._warm(self.warm(record, worker, quota, asyncio.get_running_loop().time() + WARM_TIMEOUT_S))
+        )
         self._warming.add(task)
         task.add_done_callback(self._warming.discard)
 
-    async def _warm(self, warm: Warm, record: PrefixRecord, worker: WorkerId) -> None:
+    async def _warm(self, computing: Awaitable[None]) -> None:
         try:
-            await warm(record, worker, asyncio.get_running_loop().time() + WARM_TIMEOUT_S)
+            await computing
         except PandoError as error:
             log.info("a copy of a published prefix could not be computed: %s", error.reason)
 

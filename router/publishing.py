@@ -23,7 +23,7 @@ from router.dispatch import SamplingChoice, TokenDelta, TokenRequest
 from router.generation import TokenSource
 from router.prefix_catalog import PrefixCatalog, PrefixRecord, Published
 from router.prefix_registry import PrefixRegistry
-from router.tenants import GROUP, Tenant
+from router.tenants import GROUP, KvQuota, Tenant
 
 DEFAULT_TTL_S = 3600.0
 MAX_TTL_S = 30 * 24 * 3600.0
@@ -96,7 +96,7 @@ class Publishing:
         )
         published = await self._registry.put(record, asked.ttl_s, lambda: self._check_budget(tenant, record))
         if asked.warm:
-            await self._warm_or_withdraw(record, deadline)
+            await self._warm_or_withdraw(record, tenant.quota, deadline)
             await self._homes.settle(published)
         return published
 
@@ -126,14 +126,15 @@ class Publishing:
             await self._registry.delete(record)
         return len(records)
 
-    async def warm(self, record: PrefixRecord, worker: WorkerId, deadline: float) -> None:
-        """Compute a prefix's blocks on one worker; raises `pando.errors`."""
+    async def warm(self, record: PrefixRecord, worker: WorkerId, quota: KvQuota, deadline: float) -> None:
+        """Compute a prefix's blocks on one worker within its publisher's quota; raises `pando.errors`."""
         request = TokenRequest(
             request_id=f"warm-{record.id}",
             tenant=TenantId(record.publisher),
             token_ids=array("I", record.tokens),
             sampling=SamplingChoice(max_tokens=1),
             deadline=deadline,
+            quota=quota,
             warming=record,
             only=worker,
         )
@@ -166,20 +167,20 @@ class Publishing:
 
     # Computing
 
-    async def _warm_or_withdraw(self, record: PrefixRecord, deadline: float) -> None:
+    async def _warm_or_withdraw(self, record: PrefixRecord, quota: KvQuota, deadline: float) -> None:
         try:
-            await self._warm_homes(record, deadline)
+            await self._warm_homes(record, quota, deadline)
         except (PandoError, asyncio.CancelledError) as error:
             await asyncio.shield(self._withdraw(record))
             log.info("a prefix could not be computed and is not published: %s", type(error).__name__)
             raise
 
-    async def _warm_homes(self, record: PrefixRecord, deadline: float) -> None:
+    async def _warm_homes(self, record: PrefixRecord, quota: KvQuota, deadline: float) -> None:
         """At least one has to be computed; the others follow later where they fail now."""
         homes = self._homes.homes(record)
         if not homes:
             raise Unavailable("no worker is ready", reason="NO_WORKER", retry_after_s=1.0)
-        calls = (self.warm(record, worker, deadline) for worker in homes)
+        calls = (self.warm(record, worker, quota, deadline) for worker in homes)
         results = await asyncio.gather(*calls, return_exceptions=True)
         failures = [result for result in results if isinstance(result, BaseException)]
         if len(failures) == len(results) or any(not isinstance(failure, PandoError) for failure in failures):
