@@ -27,8 +27,9 @@ REPEAT_S = 30.0
 WARM_AGAIN_S = 10.0
 WARM_TIMEOUT_S = 60.0
 SETTLE_S = 1.0
-AT_ONCE = 64
-"""Prefixes looked at in one round: what a round costs is bounded, however many there are."""
+AT_ONCE = 16
+ROUNDS = 30
+"""At least so many prefixes are looked at in a round; all of them in at most so many rounds."""
 
 log = logging.getLogger(__name__)
 
@@ -89,33 +90,36 @@ class Pinning:
         return sum(held >= wanted for held in self._held(record, model).values())
 
     def look(self) -> None:
-        """One round over some of the prefixes."""
-        model = self._fleet.model_spec
-        if model is None:
-            return
-        everything = list(self._catalog)
-        self._turn = self._turn if self._turn < len(everything) else 0
-        part = everything[self._turn : self._turn + AT_ONCE]
-        self._turn += AT_ONCE
-        for published in part:
-            self._look_after(published, model)
+        """One round over the prefixes whose turn it is."""
+        for published in self._next():
+            self._look_after(published)
 
     async def settle(self, published: Published, timeout_s: float = SETTLE_S) -> None:
         """After a warm-up: wait a little until the index tells of it, and pin it."""
         ends = self._catalog.clock() + timeout_s
         while not self.num_copies(published.record) and self._catalog.clock() < ends:
             await asyncio.sleep(0.01)
-        model = self._fleet.model_spec
-        if model is not None:
-            self._look_after(published, model)
+        self._look_after(published)
 
     async def _keep(self) -> None:
         while True:
             await asyncio.sleep(self._every_s)
-            self.look()
+            for published in self._next():
+                self._look_after(published)
+                await asyncio.sleep(0)
 
-    def _look_after(self, published: Published, model: FleetModel) -> None:
-        record = published.record
+    def _next(self) -> list[Published]:
+        """The next prefixes in turn: few, and all of them in a number of rounds."""
+        everything = list(self._catalog)
+        count = max(AT_ONCE, -(-len(everything) // ROUNDS))
+        first = self._turn if self._turn < len(everything) else 0
+        self._turn = first + count
+        return everything[first : self._turn]
+
+    def _look_after(self, published: Published) -> None:
+        record, model = published.record, self._fleet.model_spec
+        if model is None or record.id not in self._catalog:
+            return
         held = self._held(record, model)
         wanted = record.num_blocks(model.block_size)
         for worker in self._order(record, held)[: record.copies]:
