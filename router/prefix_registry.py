@@ -139,6 +139,8 @@ class PrefixRegistry:
         for published in missing:
             self.catalog.remove(published.record.id)
         self._version = version
+        for prefix_id in ids & self._deleted.keys():  # given back by a router that had not heard of it
+            await self._write(prefix_id, b"", 0)
 
     async def _load(self, ids: Sequence[str]) -> None:
         for first in range(0, len(ids), _READ_AT_ONCE):
@@ -159,9 +161,7 @@ class PrefixRegistry:
         record = self._seal.open(prefix_id, sealed)
         if record is None or record.model != self._model:
             self._foreign.add(prefix_id)
-        elif prefix_id in self._deleted:  # given back by a router that had not heard of it
-            await self._write(prefix_id, b"", 0)
-        else:
+        elif prefix_id not in self._deleted:
             self.catalog.add(Published(record, expires_at))
 
     async def _give_back(self, lost: Iterable[Published], version: bytes) -> None:
