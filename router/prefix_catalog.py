@@ -1,7 +1,7 @@
 """Published prefixes as this router knows them, and which of them a tenant's prompt begins with.
 
-Knows no Redis and no worker. Invariant: a look-up for a tenant walks its own prefixes, its groups' and the public ones;
-what others publish for themselves can change neither its answer nor its cost.
+Knows no Redis and no worker. Invariant: a look-up for a tenant searches its own prefixes, its groups' and the public
+ones; what others publish for themselves can change neither its answer nor its cost.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from kvstore.scope import TenantId
-from router.prefix_tree import TOKEN_BYTES, PrefixTree
+from router.sorted_prefixes import TOKEN_BYTES, SortedPrefixes
 from router.tenants import GROUP, OWN, PUBLIC
 
 Audience = tuple[str, str]
@@ -76,7 +76,7 @@ class PrefixCatalog:
         self.clock = clock
         self.on_removed: Callable[[PrefixRecord], None] = lambda record: None
         self._published: dict[str, Published] = {}
-        self._trees: dict[Audience, PrefixTree[PrefixRecord]] = {}
+        self._by_reader: dict[Audience, SortedPrefixes[PrefixRecord]] = {}
 
     def __len__(self) -> int:
         return len(self._published)
@@ -92,7 +92,7 @@ class PrefixCatalog:
         record = published.record
         if record.id not in self._published:
             self._published[record.id] = published
-            self._trees.setdefault(record.readers, PrefixTree()).add(record.tokens, record)
+            self._by_reader.setdefault(record.readers, SortedPrefixes()).add(record.tokens, record)
 
     def remove(self, prefix_id: str) -> None:
         """Forget a prefix. Idempotent."""
@@ -100,10 +100,10 @@ class PrefixCatalog:
         if published is None:
             return
         record = published.record
-        tree = self._trees[record.readers]
-        tree.remove(record.tokens, record)
-        if not tree:
-            del self._trees[record.readers]
+        readable = self._by_reader[record.readers]
+        readable.remove(record.tokens, record)
+        if not readable:
+            del self._by_reader[record.readers]
         self.on_removed(record)
 
     def expire(self) -> None:
@@ -130,9 +130,9 @@ class PrefixCatalog:
     def longest(self, tenant: TenantId, groups: Sequence[str], tokens: bytes) -> Shared | None:
         """The prefix that shares the most leading tokens with a prompt; of equals the one that more may use."""
         best: Shared | None = None
-        for audience in _readable(tenant, groups) if self._trees else ():
-            tree = self._trees.get(audience)
-            match = tree.longest(tokens) if tree is not None else None
+        for audience in _readable(tenant, groups) if self._by_reader else ():
+            readable = self._by_reader.get(audience)
+            match = readable.longest(tokens) if readable is not None else None
             if match is not None and (best is None or match.num_tokens > best.num_tokens):
                 best = Shared(match.value, match.num_tokens)
         return best

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kvstore.scope import frame
 from router.prefix_catalog import PrefixRecord
-from router.prefix_tree import TOKEN_BYTES
+from router.sorted_prefixes import TOKEN_BYTES
 
 _NONCE_BYTES = 12
 

@@ -30,12 +30,13 @@ from pando.errors import (
     InternalError,
     InvalidRequest,
     NotFound,
+    PermissionDenied,
     ResourceExhausted,
     Unauthenticated,
     Unavailable,
 )
 from pando.model_folder import resolve_model
-from pando.v1 import admin_pb2, admin_pb2_grpc
+from pando.v1 import admin_pb2, admin_pb2_grpc, prefixes_pb2
 from pando.v1 import inference_pb2 as pb
 from pando.v1 import inference_pb2_grpc as stubs
 from router.admin_api import RouterView
@@ -76,6 +77,8 @@ class FakeFleet:
     requests: list[TokenRequest] = field(default_factory=list)
     streams: list[AsyncIterator[TokenDelta]] = field(default_factory=list)
     open: int = 0
+    home_names: tuple[str, ...] = ("w0", "w1")
+    lost: tuple[str, ...] = ()
 
     def stream(self, request: TokenRequest) -> AsyncIterator[TokenDelta]:
         """Streams are kept, so that only whoever closes them closes them, not the garbage collector."""
@@ -84,6 +87,8 @@ class FakeFleet:
 
     async def _stream(self, request: TokenRequest) -> AsyncIterator[TokenDelta]:
         self.requests.append(request)
+        if request.only in self.lost:
+            raise Unavailable("lost")
         self.open += 1
         try:
             count = request.sampling.max_tokens if self.finish == "length" else len(self.tokens)
@@ -107,7 +112,7 @@ class FakeFleet:
             self.open -= 1
 
     def homes(self, record: PrefixRecord) -> list[WorkerId]:
-        return [WorkerId("w0")]
+        return list(map(WorkerId, self.home_names))
 
     async def settle(self, published: Published) -> None:
         """Nothing is pinned."""
@@ -376,6 +381,43 @@ async def test_chat_tokenize_detokenize_and_models(house: House) -> None:
         assert (model.name, model.context_length, model.block_size) == ("pando-tiny", 8192, 16)
         with pytest.raises(InvalidRequest):
             await client.detokenize([model.vocab_size])
+
+
+@pytest.mark.asyncio
+async def test_a_prefix_is_computed_on_its_homes_before_it_is_answered(house: House) -> None:
+    async with house.client(tenant="a") as client:
+        published = await client.publish_prefix(text="x" * 100, scope="public", warm=True, ttl_s=60, name="xs")
+        assert [(request.only, request.sampling.max_tokens) for request in house.fleet.requests] == [
+            ("w0", 1),
+            ("w1", 1),
+        ]
+        assert all(request.warming is not None and request.sampling.max_tokens == 1 for request in house.fleet.requests)
+        assert await client.get_prefix(published.id) == published
+        async with house.client(tenant="b") as other:
+            assert await other.list_prefixes() == (published,)
+            with pytest.raises(PermissionDenied):
+                await other.delete_prefix(published.id)
+            with pytest.raises(NotFound):
+                await other.publish_prefix(text="x" * 100, scope="group", group="g")
+        await client.delete_prefix(published.id)
+        assert await client.list_prefixes() == ()
+        # One home that fails is made up for later; if all do, nothing is left behind.
+        house.fleet.lost = ("w0",)
+        kept = await client.publish_prefix(text="x" * 100, warm=True)
+        house.fleet.lost = ("w0", "w1")
+        with pytest.raises(Unavailable):
+            await client.publish_prefix(text="x" * 100, warm=True, timeout=5)
+        house.fleet.home_names = ()
+        with pytest.raises((Unavailable, DeadlineExceeded)):  # the client waits as long as it is told, then tries again
+            await client.publish_prefix(text="x" * 100, warm=True, timeout=0.5)
+        assert await client.list_prefixes() == (kept,)
+        with pytest.raises(InvalidRequest):
+            await client.publish_prefix(text="x" * 100, scope="own", group="g")
+    both = prefixes_pb2.PublishPrefixRequest(text="x" * 99, scope=3).SerializeToString() + b"\x22\x00"
+    assert (await house.refusal(both, "/pando.v1.Prefixes/PublishPrefix")).code is C.INVALID_ARGUMENT
+    assert (await house.refusal(b"", "/pando.v1.Prefixes/PublishPrefix")).code is C.INVALID_ARGUMENT
+    token = prefixes_pb2.ListPrefixesRequest(page_token="what").SerializeToString()
+    assert (await house.refusal(token, "/pando.v1.Prefixes/ListPrefixes")).code is C.INVALID_ARGUMENT
 
 
 @pytest.mark.asyncio
@@ -843,6 +885,11 @@ async def test_admin_tells_what_happened(start: Start) -> None:
         stats = await admin.GetStats(admin_pb2.GetStatsRequest(), metadata=key, timeout=5)
         tenants = (await admin.ListTenants(admin_pb2.ListTenantsRequest(), metadata=key, timeout=5)).tenants
         [worker] = (await admin.ListWorkers(admin_pb2.ListWorkersRequest(), metadata=key, timeout=5)).workers
+        purged = await admin.PurgeTenant(admin_pb2.PurgeTenantRequest(tenant="t"), metadata=key, timeout=5)
+        assert (purged.device_blocks, purged.cpu_blocks, purged.remaining_blocks) == (5, 4, 3)
+        assert (purged.workers, purged.prefixes) == (2, 1)
+        with pytest.raises(grpc.aio.AioRpcError, match="w0"):
+            await admin.PurgeTenant(admin_pb2.PurgeTenantRequest(tenant="silent"), metadata=key, timeout=5)
         for call, request in (
             (admin.DrainWorker, admin_pb2.DrainWorkerRequest()),
             (admin.ExplainPlacement, admin_pb2.ExplainPlacementRequest()),
