@@ -24,6 +24,9 @@ from router.tenants import KvQuota
 
 EVERY_S = 1.0
 REPEAT_S = 30.0
+PIN_S = 120.0
+"""A pin is a lease: nothing stays pinned for long that no router speaks for, or whose publisher lost its record."""
+
 WARM_AGAIN_S = 10.0
 WARM_TIMEOUT_S = 60.0
 SETTLE_S = 1.0
@@ -139,7 +142,8 @@ class Pinning:
         cover = self._scopes.cover_of(model, record)
         token_ids = array("I", record.tokens)
         prefix = bytes.fromhex(record.id)
-        order = PinOrder(prefix, token_ids, cover.regions, cover.owners, published.expires_at - now, quota)
+        ttl_s = min(PIN_S, published.expires_at - now)
+        order = PinOrder(prefix, token_ids, cover.regions, cover.owners, ttl_s, quota)
         if self._fleet.pin(worker, order):
             self._pinned[record.id, worker, epoch] = now, held
 

@@ -19,7 +19,7 @@ from pando.errors import InvalidRequest, Unavailable
 from router.dispatch import Dispatch, SamplingChoice, TokenRequest
 from router.fleet import FleetModel
 from router.link_messages import Purged
-from router.pinning import REPEAT_S, WARM_AGAIN_S, Pinning
+from router.pinning import PIN_S, REPEAT_S, WARM_AGAIN_S, Pinning
 from router.prefix_catalog import PrefixCatalog, PrefixRecord, Published, Shared
 from router.prefix_seal import PrefixSeal
 from router.purging import PurgeReport, Purging
@@ -240,6 +240,7 @@ class House:
         found = {}
         for worker in ("w0", "w1"):
             pins = [message.pin for message in self.stage.link(worker).sent() if message.HasField("pin")]
+            assert all(pin.ttl_ms <= 1000 * PIN_S and len(pin.token_ids) == 40 for pin in pins)
             assert all(pin.quota.pinned == 9 and pin.regions[0].owner == own("p") for pin in pins)
             if pins:
                 found[worker] = len(pins)
