@@ -30,6 +30,7 @@ _COMMANDS = (
     _Command("up", "pando.commands.serve", "start everything on this machine: Redis, Ray, workers and a router"),
     _Command("generate", "pando.commands.talk", "send one prompt and stream the answer"),
     _Command("chat", "pando.commands.talk", "hold a conversation, a message a line"),
+    _Command("prefixes", "pando.commands.prefixes", "list, publish or delete prompt heads that are shared"),
     _Command("status", "pando.commands.look", "show workers, tenants and totals of a running fleet"),
     _Command(
         "demo", "pando.commands.demo", "run a multi-tenant workload on two workers, with prefix reuse and without"

@@ -27,7 +27,7 @@ from pando.messages import (
     Usage,
 )
 from pando.v1 import inference_pb2 as pb
-from pando.v1 import inference_pb2_grpc, prefixes_pb2_grpc
+from pando.v1 import inference_pb2_grpc, prefixes_pb2, prefixes_pb2_grpc
 
 __all__ = ["Answer", "AsyncClient", "Chunk", "Client", "Generation", "Model", "Prefix", "Usage"]
 
@@ -142,6 +142,30 @@ class Client(_Connection):
         with messages.typed_errors():
             return messages.prefix(self._prefixes.PublishPrefix(request, **self._call(options.get("timeout"))))
 
+    def get_prefix(self, prefix_id: str, *, timeout: float | None = None) -> Prefix:
+        """A published prefix that this tenant may use."""
+        request = prefixes_pb2.GetPrefixRequest(id=prefix_id)
+        with messages.typed_errors():
+            return messages.prefix(self._prefixes.GetPrefix(request, **self._call(timeout)))
+
+    def list_prefixes(self, *, timeout: float | None = None) -> tuple[Prefix, ...]:
+        """All published prefixes that this tenant may use, oldest first."""
+        found: list[Prefix] = []
+        request = prefixes_pb2.ListPrefixesRequest()
+        with messages.typed_errors():
+            while True:
+                page = self._prefixes.ListPrefixes(request, **self._call(timeout))
+                found += map(messages.prefix, page.prefixes)
+                if not page.next_page_token:
+                    return tuple(found)
+                request.page_token = page.next_page_token
+
+    def delete_prefix(self, prefix_id: str, *, timeout: float | None = None) -> None:
+        """End a prefix that this tenant published."""
+        request = prefixes_pb2.DeletePrefixRequest(id=prefix_id)
+        with messages.typed_errors():
+            self._prefixes.DeletePrefix(request, **self._call(timeout))
+
     def close(self) -> None:
         """End the connection and every call on it."""
         self._channel.close()
@@ -202,6 +226,30 @@ class AsyncClient(_Connection):
         request = messages.publish_request(options)
         with messages.typed_errors():
             return messages.prefix(await self._prefixes.PublishPrefix(request, **self._call(options.get("timeout"))))
+
+    async def get_prefix(self, prefix_id: str, *, timeout: float | None = None) -> Prefix:
+        """A published prefix that this tenant may use."""
+        request = prefixes_pb2.GetPrefixRequest(id=prefix_id)
+        with messages.typed_errors():
+            return messages.prefix(await self._prefixes.GetPrefix(request, **self._call(timeout)))
+
+    async def list_prefixes(self, *, timeout: float | None = None) -> tuple[Prefix, ...]:
+        """All published prefixes that this tenant may use, oldest first."""
+        found: list[Prefix] = []
+        request = prefixes_pb2.ListPrefixesRequest()
+        with messages.typed_errors():
+            while True:
+                page = await self._prefixes.ListPrefixes(request, **self._call(timeout))
+                found += map(messages.prefix, page.prefixes)
+                if not page.next_page_token:
+                    return tuple(found)
+                request.page_token = page.next_page_token
+
+    async def delete_prefix(self, prefix_id: str, *, timeout: float | None = None) -> None:
+        """End a prefix that this tenant published."""
+        request = prefixes_pb2.DeletePrefixRequest(id=prefix_id)
+        with messages.typed_errors():
+            await self._prefixes.DeletePrefix(request, **self._call(timeout))
 
     async def close(self) -> None:
         """End the connection and every call on it."""

@@ -160,13 +160,18 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A published prefix; `expires` in seconds since the epoch, `copies` the workers that hold it."""
+    """A published prefix; `expires` in seconds since the epoch, `copies` the workers that hold it.
+
+    `scope` is "own", "group" or "public".
+    """
 
     id: str
     name: str
     num_tokens: int
     expires: float
     copies: int
+    scope: str = "own"
+    group: str = ""
 
 
 _SCOPES = {
@@ -257,7 +262,8 @@ def models(message: pb.ListModelsResponse) -> tuple[Model, ...]:
 def prefix(message: prefixes_pb2.Prefix) -> Prefix:
     """A published prefix."""
     expires = message.expires.seconds + message.expires.nanos * 1e-9
-    return Prefix(message.id, message.name, message.num_tokens, expires, message.copies)
+    scope = {number: name for name, number in _SCOPES.items()}.get(message.scope, "")
+    return Prefix(message.id, message.name, message.num_tokens, expires, message.copies, scope, message.group)
 
 
 @contextmanager

@@ -1,14 +1,15 @@
 """The admin gRPC service: what this router believes of workers, and what it counted.
 
-Knows the fleet's views and the metrics, and changes nothing. RPCs of the contract that this version does not serve
-answer UNIMPLEMENTED.
+Knows the fleet's views and the metrics; all it changes is by purging a tenant. RPCs of the contract that
+this version does not serve answer UNIMPLEMENTED.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from kvstore.scope import TenantId
 from pando.errors import Unsupported
 from pando.v1 import admin_pb2 as pb
 from pando.v1 import admin_pb2_grpc
@@ -16,6 +17,7 @@ from router.admission import Admission
 from router.fleet import WorkerState, WorkerView
 from router.interceptors import Call
 from router.metrics import Metrics
+from router.purging import PurgeReport
 
 _STATES = {
     WorkerState.CONNECTING: pb.WORKER_STATE_CONNECTING,
@@ -27,7 +29,7 @@ _STATES = {
 
 @dataclass(frozen=True, slots=True)
 class RouterView:
-    """What the admin service may look at."""
+    """What the admin service may look at, and the one thing it may do."""
 
     router_id: str
     metrics: Metrics
@@ -36,6 +38,7 @@ class RouterView:
     indexed_blocks: Callable[[], int]
     index_connected: Callable[[], bool]
     uptime_s: Callable[[], float]
+    purge: Callable[[TenantId], Awaitable[PurgeReport]]
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
@@ -82,7 +85,14 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         raise Unsupported("draining a worker is not served by this version")
 
     async def PurgeTenant(self, request: pb.PurgeTenantRequest, call: Call) -> pb.PurgeTenantResponse:
-        raise Unsupported("purging a tenant is not served by this version")
+        report = await self._view.purge(TenantId(request.tenant))
+        return pb.PurgeTenantResponse(
+            device_blocks=report.device_blocks,
+            cpu_blocks=report.cpu_blocks,
+            workers=report.workers,
+            remaining_blocks=report.remaining_blocks,
+            prefixes=report.prefixes,
+        )
 
     async def ExplainPlacement(self, request: pb.ExplainPlacementRequest, call: Call) -> pb.ExplainPlacementResponse:
         raise Unsupported("explaining a placement is not served by this version")

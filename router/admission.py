@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from kvstore.scope import TenantId
 from pando.errors import AlreadyExists, FieldViolation, ResourceExhausted
-from router.auth import Tenant
+from router.tenants import Tenant
 
 RETRY_AFTER_S = 0.5
 

@@ -10,41 +10,35 @@ import hashlib
 import hmac
 import ipaddress
 import logging
-import re
 import secrets
 import time
-import tomllib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from kvstore.scope import TenantId
 from pando.errors import ConfigError, InvalidRequest, Unauthenticated
+from router.tenants import AUDIENCES, Tenant, is_tenant_name, read_tenants
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
 DEFAULT_TENANT = TenantId("default")
-_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_KEY_HASH = re.compile(r"sha256:([0-9a-f]{64})")
 _MAX_KEY_CHARACTERS = 512
 _RELOAD_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Tenant:
-    """An authenticated caller and what it may use. `max_in_flight` 0 sets no limit of its own."""
-
-    id: TenantId
-    max_in_flight: int = 0
-
-
 class Authenticator(Protocol):
     """From a call's metadata to its tenant; raises `Unauthenticated`."""
 
     def tenant(self, metadata: Metadata) -> Tenant: ...
+
+    def known(self) -> Sequence[TenantId]:
+        """Tenants that have a record, whether or not they call."""
+
+    def lookup(self, name: TenantId) -> Tenant | None:
+        """What a tenant may do that is not calling; None where nobody of this name has a record."""
 
 
 def make_key() -> tuple[str, str]:
@@ -90,15 +84,21 @@ def is_loopback(host: str) -> bool:
 
 
 class NamedTenants:
-    """Without keys, on loopback: `x-pando-tenant` names the tenant."""
+    """Without keys, on loopback: `x-pando-tenant` names the tenant, which may publish to all and is in no group."""
 
     def tenant(self, metadata: Metadata) -> Tenant:
         names = [value for name, value in metadata if name == "x-pando-tenant"]
         if not names:
-            return Tenant(DEFAULT_TENANT)
-        if len(names) > 1 or not isinstance(names[0], str) or not _TENANT.fullmatch(names[0]):
+            return self.lookup(DEFAULT_TENANT)
+        if len(names) > 1 or not isinstance(names[0], str) or not is_tenant_name(names[0]):
             raise InvalidRequest("x-pando-tenant must be one name of up to 64 letters, digits, '.', '_' or '-'")
-        return Tenant(TenantId(names[0]))
+        return self.lookup(TenantId(names[0]))
+
+    def known(self) -> Sequence[TenantId]:
+        return ()
+
+    def lookup(self, name: TenantId) -> Tenant:
+        return Tenant(name, publish=frozenset(AUDIENCES))
 
 
 class KeyedTenants:
@@ -108,17 +108,24 @@ class KeyedTenants:
         self._path = path
         self._clock = clock
         self._stamp = _stamp(path)
-        self._by_digest = read_tenants(path)
+        self._file = read_tenants(path)
         self._checked = clock()
 
     def tenant(self, metadata: Metadata) -> Tenant:
         self._reload_if_changed()
         digest = _digest(_bearer(metadata))
         # Found by digest: the time of the look-up tells nothing about any key.
-        tenant = self._by_digest.get(digest)
+        tenant = self._file.by_digest.get(digest)
         if tenant is None:
             raise Unauthenticated("the key is not valid")
         return tenant
+
+    def known(self) -> Sequence[TenantId]:
+        return tuple(self._file.by_name)
+
+    def lookup(self, name: TenantId) -> Tenant | None:
+        self._reload_if_changed()
+        return self._file.by_name.get(name)
 
     def _reload_if_changed(self) -> None:
         now = self._clock()
@@ -130,50 +137,10 @@ class KeyedTenants:
             return
         self._stamp = stamp
         try:
-            self._by_digest = read_tenants(self._path)
-            log.info("tenants file reloaded: %d keys", len(self._by_digest))
+            self._file = read_tenants(self._path)
+            log.info("tenants file reloaded: %d keys", len(self._file.by_digest))
         except ConfigError as error:
             log.error("tenants file not reloaded, the keys before it stay: %s", error.message)
-
-
-def read_tenants(path: Path) -> dict[bytes, Tenant]:
-    """Tenants by the SHA-256 of their keys. `ConfigError` names the first thing wrong with the file."""
-    try:
-        document = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the tenants file {path}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"the tenants file {path} is not TOML: {error}") from error
-    tenants = document.pop("tenants", {})
-    if document or not isinstance(tenants, dict) or not tenants:
-        raise ConfigError(f"the tenants file {path} must hold [tenants.NAME] tables and nothing else")
-    found: dict[bytes, Tenant] = {}
-    for name, record in tenants.items():
-        for digest, tenant in _keys_of(name, record):
-            if digest in found:
-                raise ConfigError(f"tenants '{found[digest].id}' and '{name}' have the same key")
-            found[digest] = tenant
-    return found
-
-
-def _keys_of(name: str, record: Any) -> list[tuple[bytes, Tenant]]:
-    if not _TENANT.fullmatch(name):
-        raise ConfigError(f"tenant name '{name}' is not up to 64 letters, digits, '.', '_' or '-'")
-    if not isinstance(record, dict) or not set(record) <= {"keys", "max_in_flight"}:
-        raise ConfigError(f"tenant '{name}' has settings other than keys and max_in_flight")
-    limit, keys = record.get("max_in_flight", 0), record.get("keys")
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
-        raise ConfigError(f"max_in_flight of tenant '{name}' must be a whole number, 0 or more")
-    if not isinstance(keys, list) or not keys:
-        raise ConfigError(f"tenant '{name}' has no list of keys")
-    return [(_parse_hash(name, key), Tenant(TenantId(name), limit)) for key in keys]
-
-
-def _parse_hash(name: str, key: Any) -> bytes:
-    match = _KEY_HASH.fullmatch(key) if isinstance(key, str) else None
-    if match is None:
-        raise ConfigError(f"a key of tenant '{name}' is not sha256: and 64 hex digits")
-    return bytes.fromhex(match[1])
 
 
 def _bearer(metadata: Metadata) -> str:

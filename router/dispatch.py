@@ -10,12 +10,12 @@ import asyncio
 import logging
 import uuid
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from kvstore.block import WorkerId
+from kvstore.block import BlockKey, WorkerId
 from kvstore.block_key import block_keys, token_bytes
-from kvstore.scope import Region, TenantId, scope_root, tenant_scope
+from kvstore.scope import TenantId
 from pando.errors import (
     DeadlineExceeded,
     InternalError,
@@ -24,9 +24,13 @@ from pando.errors import (
     Unavailable,
 )
 from router.fleet import Fleet, FleetModel
+from router.link_messages import AdmissionReport, LinkOutput, SamplingChoice, Submission
 from router.member import CONTEXT_LENGTH, KV_CAPACITY, QUEUE_FULL, TRIED, Ask, Reservation
 from router.placement import Placement, Prompt
-from router.worker_link import AdmissionReport, LinkOutput, LinkStream, SamplingChoice, Submission, WorkerLost
+from router.prefix_catalog import PrefixRecord
+from router.scopes import Cover, Scopes
+from router.tenants import NO_QUOTA, KvQuota
+from router.worker_link import LinkStream, WorkerLost
 
 __all__ = ["AdmissionReport", "Dispatch", "SamplingChoice", "TokenDelta", "TokenRequest"]
 
@@ -38,7 +42,11 @@ RETRY_AFTER_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """A checked request. `deadline` is a time of the event loop's clock."""
+    """A checked request. `deadline` is a time of the event loop's clock.
+
+    `groups` and `quota` are the tenant's. `warming` is set on the request that computes a published prefix, which is
+    then its whole prompt; `only` names the one worker that shall run a request.
+    """
 
     request_id: str
     tenant: TenantId
@@ -47,6 +55,10 @@ class TokenRequest:
     deadline: float
     priority: int = 0
     no_store: bool = False
+    groups: tuple[str, ...] = ()
+    quota: KvQuota = NO_QUOTA
+    warming: PrefixRecord | None = None
+    only: WorkerId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +82,17 @@ class TokenDelta:
 class Dispatch:
     """Runs requests on the fleet, for one event loop.
 
-    `secret` keys the tenants' scopes. A request that finds no ready worker waits up to `ready_grace_s` for one.
+    A request that finds no ready worker waits up to `ready_grace_s` for one.
     """
 
-    def __init__(self, fleet: Fleet, secret: bytes, *, ready_grace_s: float = 5.0) -> None:
+    def __init__(self, fleet: Fleet, scopes: Scopes, *, ready_grace_s: float = 5.0) -> None:
         self._fleet = fleet
-        self._secret = secret
+        self._scopes = scopes
         self._ready_grace_s = ready_grace_s
 
     async def stream(self, request: TokenRequest) -> AsyncIterator[TokenDelta]:
         """The answer as it comes; raises `pando.errors`. Closing or cancelling this cancels at the worker."""
-        story = _Story(self._fleet, self._secret, request, self._ready_grace_s)
+        story = _Story(self._fleet, self._scopes, request, self._ready_grace_s)
         try:
             while True:
                 delta = await story.next_delta()
@@ -94,9 +106,9 @@ class Dispatch:
 class _Story:
     """One request on its way: at most one attempt at a time holds a reservation and a stream."""
 
-    def __init__(self, fleet: Fleet, secret: bytes, request: TokenRequest, ready_grace_s: float) -> None:
+    def __init__(self, fleet: Fleet, scopes: Scopes, request: TokenRequest, ready_grace_s: float) -> None:
         self._fleet = fleet
-        self._secret = secret
+        self._scopes = scopes
         self._request = request
         self._loop = asyncio.get_running_loop()
         self._wait_until = min(request.deadline, self._loop.time() + ready_grace_s)
@@ -137,7 +149,7 @@ class _Story:
         self._attempt += 1
         self._failure = None
         request = self._request
-        regions, self._reservation = await self._reserve()
+        cover, self._reservation = await self._reserve()
         self._place = self._reservation.worker, self._reservation.epoch
         self._stream = self._reservation.link.submit(
             Submission(
@@ -145,39 +157,55 @@ class _Story:
                 attempt=self._attempt,
                 token_ids=request.token_ids,
                 num_prompt_tokens=len(request.token_ids),
-                regions=regions,
+                regions=cover.regions,
+                owners=cover.owners,
                 sampling=request.sampling,
                 priority=request.priority,
                 timeout_s=request.deadline - self._loop.time(),
                 no_store=request.no_store,
+                quota=request.quota,
             )
         )
         return self._stream
 
-    async def _reserve(self) -> tuple[tuple[Region, ...], Reservation]:
+    async def _reserve(self) -> tuple[Cover, Reservation]:
         """A place at a worker, waiting a little for one if none is ready."""
         while True:
             self._check_deadline()
             model = self._fleet.model_spec
             if model is not None:
-                regions, ask = self._ask(model)
+                cover, ask = self._ask(model)
                 answer = self._fleet.reserve(ask)
                 if isinstance(answer, Reservation):
-                    return regions, answer
+                    return cover, answer
                 _raise_if_hopeless(answer)
             left = self._wait_until - self._loop.time()
             if left <= 0 or not await self._fleet.wait_ready(left):
                 self._check_deadline()
                 raise Unavailable("no worker is ready", reason="NO_WORKER", retry_after_s=RETRY_AFTER_S)
 
-    def _ask(self, model: FleetModel) -> tuple[tuple[Region, ...], Ask]:
-        request, size = self._request, model.block_size
-        root = scope_root(self._secret, model.model_fingerprint, tenant_scope(request.tenant), block_size=size)
-        regions = (Region(root, None),)
-        keys = block_keys(regions, request.token_ids, size)
-        tie_key = keys[0] if keys else root + token_bytes(request.token_ids)
+    def _ask(self, model: FleetModel) -> tuple[Cover, Ask]:
+        request = self._request
+        cover = self._cover(model)
+        keys = block_keys(cover.regions, request.token_ids, model.block_size)
+        tie_key = self._tie_key(cover, keys, model.block_size)
         prompt = Prompt(len(request.token_ids), request.sampling.max_tokens, tie_key)
-        return regions, Ask(prompt, keys, stores=not request.no_store, avoid=frozenset(self._tried))
+        tried = frozenset(self._tried)
+        return cover, Ask(prompt, keys, stores=not request.no_store, avoid=tried, only=request.only)
+
+    def _cover(self, model: FleetModel) -> Cover:
+        request = self._request
+        if request.warming is not None:
+            return self._scopes.cover_of(model, request.warming)
+        return self._scopes.cover(model, request.tenant, request.groups, request.token_ids)
+
+    def _tie_key(self, cover: Cover, keys: Sequence[BlockKey], block_size: int) -> bytes:
+        """The first private block: a head that all share must not bring everything to one worker."""
+        shared = (cover.regions[0].end or 0) // block_size
+        if shared < len(keys):
+            return keys[shared]
+        rest = self._request.token_ids[shared * block_size :]
+        return cover.regions[-1].root + token_bytes(rest)
 
     async def _take(self, stream: LinkStream) -> list[LinkOutput]:
         try:

@@ -9,18 +9,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePath
 
-from kvstore.block import WorkerId
+from kvstore.block import BlockKey, WorkerId
 from kvstore.block_key import key_fingerprint
 from kvstore.lease import Lease
 from kvstore.memory_index import MemoryIndex
 from kvstore.mirror import Mirror
+from kvstore.scope import ScopeRoot
+from router.link_messages import PinOrder, Purged, WorkerHello
 from router.member import Ask, Clock, Member, Reservation, WorkerState
 from router.placement import Placement, Policy, place
-from router.worker_link import WorkerHello, WorkerLink
+from router.worker_link import WorkerLink
 
 __all__ = ["Ask", "Fleet", "FleetModel", "Reservation", "WorkerState", "WorkerView"]
 
@@ -150,6 +153,33 @@ class Fleet:
         held = found.get(placement.worker)
         keys = ask.keys[held.device_blocks if held else 0 :] if ask.stores else ()
         return self._members[placement.worker].open(placement, keys, self._clock)
+
+    def holders(self, keys: Sequence[BlockKey]) -> dict[WorkerId, int]:
+        """For each ready worker, how many leading blocks of a chain it holds, on any tier."""
+        found = self._index.match(keys) if keys else {}
+        ready = (worker for worker, member in self._members.items() if member.state is WorkerState.READY)
+        return {worker: found[worker].num_blocks if worker in found else 0 for worker in ready}
+
+    def epoch_of(self, worker: WorkerId) -> int:
+        """The life of a worker that this router knows; 0 for one it does not know."""
+        member = self._members.get(worker)
+        return 0 if member is None else member.lease.epoch
+
+    def pin(self, worker: WorkerId, order: PinOrder) -> bool:
+        """Ask a worker to keep a prefix's blocks; False where there is no session to say it on."""
+        member = self._members.get(worker)
+        return member is not None and member.link.pin(order)
+
+    def unpin(self, prefix: bytes) -> None:
+        """Tell every worker that a prefix is pinned no more."""
+        for member in self._members.values():
+            member.link.unpin(prefix)
+
+    async def purge(self, roots: Sequence[ScopeRoot], timeout_s: float) -> dict[WorkerId, Purged | None]:
+        """Have every worker forget the blocks of some scopes; None for one that did not answer."""
+        workers = [worker for worker, member in self._members.items() if not member.refused]
+        calls = (self._members[worker].link.purge(roots, timeout_s) for worker in workers)
+        return dict(zip(workers, await asyncio.gather(*calls), strict=True))
 
     def note_draining(self, worker: WorkerId, epoch: int) -> None:
         """This life of the worker takes no more requests: it said so to one, before its lease or load did."""

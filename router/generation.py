@@ -18,10 +18,10 @@ from typing import Protocol, cast
 from kvstore.scope import TenantId
 from pando.errors import InternalError
 from router.admission import Admission
-from router.auth import Tenant
 from router.dispatch import AdmissionReport, SamplingChoice, TokenDelta, TokenRequest
-from router.metrics import Metrics
+from router.metrics import Metrics, Spent
 from router.model_card import ModelCard
+from router.tenants import Tenant
 from router.text_answer import TextAnswer
 from router.tokenizer import Tokenizer
 from router.validation import Checked, fit_max_tokens
@@ -93,6 +93,8 @@ class Generation:
                 deadline=deadline,
                 priority=checked.priority,
                 no_store=checked.no_store,
+                groups=tenant.groups,
+                quota=tenant.quota,
             )
             requests = _for_each_answer(first, checked.n)
             call = _Call(requests, [self._answer(checked) for _ in requests], began)
@@ -181,7 +183,17 @@ class Generation:
         used = call.usage(self._clock())
         self._metrics.first_token(used.ttft_ms / 1000)
         self._metrics.used(
-            tenant, prompt=used.prompt_tokens, cached=used.found.cached_tokens, completion=used.completion_tokens
+            tenant,
+            Spent(
+                prompt_tokens=used.prompt_tokens,
+                completion_tokens=used.completion_tokens,
+                cached_device=used.found.cached_device,
+                cached_cpu=used.found.cached_cpu,
+                cached_remote=used.found.cached_remote,
+                cached_published=used.found.cached_published,
+                predicted_cached=used.predicted_cached,
+                blocks_copied=used.found.blocks_copied,
+            ),
         )
 
 

@@ -1,7 +1,6 @@
-"""The public gRPC services: messages in, `Checked` requests on, messages out.
+"""The inference service: messages in, `Checked` requests on, messages out.
 
-Knows the .proto and nothing of placement or workers. Identity and errors are the gate's. RPCs of the contract that this
-version does not serve answer UNIMPLEMENTED.
+Knows the .proto and nothing of placement or workers. Identity and errors are the gate's.
 """
 
 from __future__ import annotations
@@ -9,11 +8,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from typing import NoReturn
 
-from pando.errors import Unsupported
 from pando.v1 import inference_pb2 as pb
-from pando.v1 import inference_pb2_grpc, prefixes_pb2, prefixes_pb2_grpc
+from pando.v1 import inference_pb2_grpc
 from router.generation import Generation, TextDelta, Usage
 from router.interceptors import Call, RawCheck
 from router.model_card import ModelCard
@@ -39,6 +36,7 @@ RAW_CHECKS: Mapping[str, RawCheck] = {
     "/pando.v1.Inference/Generate": one_prompt_only(2, 3, 4),
     "/pando.v1.Inference/GenerateStream": one_prompt_only(2, 3, 4),
     "/pando.v1.Inference/Tokenize": one_prompt_only(2, 3),
+    "/pando.v1.Prefixes/PublishPrefix": one_prompt_only(2, 3, 4),
 }
 
 
@@ -105,26 +103,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return pb.ListModelsResponse(models=[model])
 
 
-class PrefixesService(prefixes_pb2_grpc.PrefixesServicer):
-    """`pando.v1.Prefixes`, which this version does not serve."""
-
-    async def PublishPrefix(self, request: prefixes_pb2.PublishPrefixRequest, call: Call) -> prefixes_pb2.Prefix:
-        _refuse()
-
-    async def GetPrefix(self, request: prefixes_pb2.GetPrefixRequest, call: Call) -> prefixes_pb2.Prefix:
-        _refuse()
-
-    async def ListPrefixes(
-        self, request: prefixes_pb2.ListPrefixesRequest, call: Call
-    ) -> prefixes_pb2.ListPrefixesResponse:
-        _refuse()
-
-    async def DeletePrefix(
-        self, request: prefixes_pb2.DeletePrefixRequest, call: Call
-    ) -> prefixes_pb2.DeletePrefixResponse:
-        _refuse()
-
-
 def usage_message(usage: Usage) -> pb.Usage:
     """Usage as it goes over the wire: prompt_tokens = computed + cached_tokens, each split adding up."""
     found = usage.found
@@ -156,7 +134,3 @@ def _chunk(delta: TextDelta) -> pb.GenerateChunk:
         usage=None if delta.usage is None else usage_message(delta.usage),
         request_id=delta.request_id,
     )
-
-
-def _refuse() -> NoReturn:
-    raise Unsupported("published prefixes are not served by this version")

@@ -20,7 +20,8 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from pando.errors import DeadlineExceeded, InternalError, InvalidRequest, PandoError, ResourceExhausted
-from router.auth import Metadata, Tenant
+from router.auth import Metadata
+from router.tenants import Tenant
 
 DOMAIN = "pando"
 FIRST_MESSAGE_S = 5.0

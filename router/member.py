@@ -13,8 +13,9 @@ from enum import Enum
 
 from kvstore.block import BlockKey, WorkerId
 from kvstore.lease import Lease
+from router.link_messages import WorkerLoad
 from router.placement import Candidate, Placement, Prompt
-from router.worker_link import WorkerLink, WorkerLoad
+from router.worker_link import WorkerLink
 
 Clock = Callable[[], float]
 
@@ -25,6 +26,7 @@ CONTEXT_LENGTH = "context length"
 KV_CAPACITY = "kv capacity"
 QUEUE_FULL = "queue full"
 TRIED = "already tried"
+NOT_ASKED = "not asked"
 
 EVENT_LAG_S = 2.0
 """Longest time to credit a finished prompt before the worker's events must have told of it."""
@@ -49,6 +51,7 @@ class Ask:
     keys: Sequence[BlockKey]
     stores: bool = True
     avoid: frozenset[tuple[WorkerId, int]] = frozenset()  # (worker, epoch) that this request has tried
+    only: WorkerId | None = None
 
 
 class Reservation:
@@ -215,6 +218,8 @@ class Member:
 
     def _exclusion(self, ask: Ask, in_flight: int) -> str:
         prompt, lease = ask.prompt, self.lease
+        if ask.only not in (None, lease.worker_id):
+            return NOT_ASKED
         state = self.state
         if state is not WorkerState.READY:
             return IS_DRAINING if state is WorkerState.DRAINING else NOT_READY

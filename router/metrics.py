@@ -5,8 +5,9 @@ Knows no request. Invariant: the number of label values is bounded; tenants past
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -17,6 +18,25 @@ MAX_TENANT_LABELS = 256
 OTHER = TenantId("other")
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30.0, 60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What one call took, as its usage says it. The cached tokens are split twice: by tier, and by whose they are."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_device: int = 0
+    cached_cpu: int = 0
+    cached_remote: int = 0
+    cached_published: int = 0
+    predicted_cached: int = 0
+    blocks_copied: int = 0
+
+    @property
+    def cached_tokens(self) -> int:
+        """On all tiers."""
+        return self.cached_device + self.cached_cpu + self.cached_remote
 
 
 @dataclass(slots=True)
@@ -33,9 +53,12 @@ class Tally:
 class Metrics:
     """Counts of one router. For one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[TenantId] = ()) -> None:
+        """The first `known` tenants have rows of their own from the start, then whoever comes first."""
         self.total = Tally()
         self.tenants: dict[TenantId, Tally] = {}
+        self._reserved = frozenset(islice(known, MAX_TENANT_LABELS))
+        self._unreserved = 0
         self.registry = CollectorRegistry()
         self._calls = Counter("pando_router_calls", "gRPC calls", ["method", "code"], registry=self.registry)
         self._requests = Counter("pando_router_requests", "Requests begun", ["tenant"], registry=self.registry)
@@ -46,6 +69,10 @@ class Metrics:
             ["tenant", "kind"],
             registry=self.registry,
         )
+        self._by_tier = self._counter("cached_tokens", "Prompt tokens found in cache, by tier", "tier")
+        self._by_scope = self._counter("scope_cached_tokens", "The same, by whose they are: own, published", "scope")
+        self._predicted = self._counter("predicted_cached_tokens", "Prompt tokens predicted to be cached")
+        self._copied = self._counter("blocks_copied", "KV blocks copied before they were written")
         self._ttft = Histogram(
             "pando_router_ttft_seconds",
             "Arrival to first token",
@@ -77,15 +104,22 @@ class Metrics:
         """It gave its first token."""
         self._ttft.observe(seconds)
 
-    def used(self, tenant: TenantId, *, prompt: int, cached: int, completion: int) -> None:
+    def used(self, tenant: TenantId, spent: Spent) -> None:
         """What it used, once it is over."""
+        cached, prompt = spent.cached_tokens, spent.prompt_tokens
         for tally in (self.total, self._tally(tenant)):
             tally.prompt_tokens += prompt
             tally.cached_tokens += cached
-            tally.completion_tokens += completion
+            tally.completion_tokens += spent.completion_tokens
         label = self._label(tenant)
-        for kind, tokens in (("computed", max(0, prompt - cached)), ("cached", cached), ("completion", completion)):
-            self._tokens.labels(label, kind).inc(tokens)
+        kinds = {"computed": max(0, prompt - cached), "cached": cached, "completion": spent.completion_tokens}
+        tiers = {"device": spent.cached_device, "cpu": spent.cached_cpu, "remote": spent.cached_remote}
+        scopes = {"own": cached - spent.cached_published, "published": spent.cached_published}
+        for counter, parts in ((self._tokens, kinds), (self._by_tier, tiers), (self._by_scope, scopes)):
+            for part, tokens in parts.items():
+                counter.labels(label, part).inc(max(0, tokens))
+        self._predicted.labels(label).inc(spent.predicted_cached)
+        self._copied.labels(label).inc(spent.blocks_copied)
 
     def exposition(self) -> tuple[bytes, str]:
         """What Prometheus reads, and its content type."""
@@ -95,5 +129,13 @@ class Metrics:
         return self.tenants.setdefault(self._label(tenant), Tally())
 
     def _label(self, tenant: TenantId) -> TenantId:
-        known = tenant in self.tenants or len(self.tenants) < MAX_TENANT_LABELS
-        return tenant if known else OTHER
+        if tenant in self.tenants or tenant in self._reserved:
+            return tenant
+        if self._unreserved >= MAX_TENANT_LABELS - len(self._reserved):
+            return OTHER
+        self._unreserved += 1
+        self.tenants[tenant] = Tally()
+        return tenant
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"pando_router_{name}", text, ["tenant", *labels], registry=self.registry)

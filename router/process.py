@@ -30,8 +30,7 @@ from pando.model_folder import resolve_model
 from pando.settings import RouterSettings
 from router.admin_api import RouterView
 from router.admission import Admission
-from router.auth import check_admin_key, open_authenticator
-from router.dispatch import Dispatch
+from router.auth import Authenticator, check_admin_key, open_authenticator
 from router.fleet import Fleet, FleetModel
 from router.generation import Generation
 from router.grpc_api import InferenceService
@@ -41,7 +40,22 @@ from router.interceptors import GateLimits
 from router.metrics import Metrics
 from router.model_card import ModelCard, read_model_card
 from router.placement import Policy
-from router.server import INFERENCE, PREFIXES, ServerOptions, address, admin_server, check_free, listen, public_server
+from router.prefix_catalog import PrefixCatalog
+from router.prefix_registry import PrefixRegistry
+from router.prefix_seal import PrefixSeal
+from router.prefixes_api import PrefixesService
+from router.server import (
+    INFERENCE,
+    PREFIXES,
+    PublicServices,
+    ServerOptions,
+    address,
+    admin_server,
+    check_free,
+    listen,
+    public_server,
+)
+from router.sharing import PrefixSharing
 from router.tokenizer import Tokenizer
 
 GRACE_S = 5.0
@@ -103,10 +117,14 @@ class RouterProcess:
         card, tokenizer = await asyncio.to_thread(self._load_model)
         self._parts.callback(tokenizer.close)
         index, mirror, fleet = await self._follow_fleet()
-        metrics, admission = Metrics(), Admission(settings.max_in_flight)
-        generation = Generation(Dispatch(fleet, secret), tokenizer, admission, metrics)
-        inference = InferenceService(
-            generation, tokenizer, ServedModel(card, fleet).card, block_size=settings.block_size
+        metrics, admission = Metrics(authenticator.known()), Admission(settings.max_in_flight)
+        served = ServedModel(card, fleet).card
+        sharing = await self._share_prefixes(fleet, authenticator, secret, card.name)
+        generation = Generation(sharing.dispatch, tokenizer, admission, metrics)
+        inference = InferenceService(generation, tokenizer, served, block_size=settings.block_size)
+        copies = sharing.pinning.num_copies
+        prefixes = PrefixesService(
+            sharing.publishing, tokenizer, admission, served, copies, block_size=settings.block_size
         )
         view = RouterView(
             router_id=self._router_id,
@@ -116,15 +134,17 @@ class RouterProcess:
             indexed_blocks=lambda: len(index),
             index_connected=lambda: mirror.connected,
             uptime_s=lambda: time.monotonic() - self._started,
+            purge=sharing.purging.purge,
         )
         _add_gauges(metrics, view)
+        metrics.gauge("published_prefixes", "Published prefixes", lambda: len(sharing.catalog))
         health = HealthService(lambda: fleet.ready, (INFERENCE, PREFIXES))
         options = ServerOptions(
             GateLimits(settings.max_request_s), settings.max_message_bytes, settings.reflection == "on"
         )
         http = await self._serve_http(metrics, lambda: fleet.ready)
         admin = await self._serve(admin_server(view, settings.admin_key, options), settings.admin_port)
-        public = public_server(inference, health, authenticator, metrics, options)
+        public = public_server(PublicServices(inference, prefixes, health), authenticator, metrics, options)
         grpc_address = await self._serve(public, settings.port)
         self._parts.callback(health.stop)
         return Listening(self._router_id, grpc_address, http, admin)
@@ -153,6 +173,19 @@ class RouterProcess:
         await fleet.start()
         self._parts.push_async_callback(fleet.stop)
         return index, mirror, fleet
+
+    async def _share_prefixes(
+        self, fleet: Fleet, authenticator: Authenticator, secret: bytes, model: str
+    ) -> PrefixSharing:
+        settings = self._settings
+        client, seal = _redis_client(settings.redis), PrefixSeal(secret, settings.cluster)
+        registry = PrefixRegistry(client, settings.cluster, seal, PrefixCatalog(), model=model)
+        sharing = PrefixSharing(
+            fleet, authenticator, registry, secret=secret, model=model, block_size=settings.block_size
+        )
+        self._parts.push_async_callback(sharing.stop)
+        await sharing.start()
+        return sharing
 
     async def _serve(self, server: grpc.aio.Server, port: int) -> str:
         where = listen(server, self._settings.host, port)

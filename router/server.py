@@ -19,11 +19,13 @@ from kvstore.scope import TenantId
 from pando.errors import ConfigError
 from pando.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc, prefixes_pb2, prefixes_pb2_grpc
 from router.admin_api import AdminService, RouterView
-from router.auth import Authenticator, Metadata, Tenant, require_admin
-from router.grpc_api import RAW_CHECKS, InferenceService, PrefixesService
+from router.auth import Authenticator, Metadata, require_admin
+from router.grpc_api import RAW_CHECKS, InferenceService
 from router.health import HealthService
 from router.interceptors import Gate, GateLimits
 from router.metrics import Metrics
+from router.prefixes_api import PrefixesService
+from router.tenants import Tenant
 
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 PREFIXES = prefixes_pb2.DESCRIPTOR.services_by_name["Prefixes"].full_name
@@ -45,9 +47,17 @@ class ServerOptions:
     reflection: bool
 
 
+@dataclass(frozen=True, slots=True)
+class PublicServices:
+    """What the public port serves."""
+
+    inference: InferenceService
+    prefixes: PrefixesService
+    health: HealthService
+
+
 def public_server(
-    inference: InferenceService,
-    health: HealthService,
+    services: PublicServices,
     authenticator: Authenticator,
     metrics: Metrics,
     options: ServerOptions,
@@ -60,9 +70,9 @@ def public_server(
         return authenticator.tenant(metadata)
 
     server = _server(options, Gate(authorize, options.limits, raw_checks=RAW_CHECKS, observe=metrics.call))
-    inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
-    prefixes_pb2_grpc.add_PrefixesServicer_to_server(PrefixesService(), server)
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    inference_pb2_grpc.add_InferenceServicer_to_server(services.inference, server)
+    prefixes_pb2_grpc.add_PrefixesServicer_to_server(services.prefixes, server)
+    health_pb2_grpc.add_HealthServicer_to_server(services.health, server)
     if options.reflection:
         enable_server_reflection((INFERENCE, PREFIXES, HEALTH, REFLECTION), server)
     return server

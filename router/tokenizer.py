@@ -99,10 +99,13 @@ class Tokenizer:
         """Token ids of a text prompt, with the beginning-of-sequence token where the model wants one."""
         return await self._run(len(text), lambda: self.encode_now(text))
 
-    async def encode_chat(self, messages: Sequence[ChatMessage]) -> array[int]:
-        """Token ids of a chat, rendered by the model's template up to where the assistant speaks."""
+    async def encode_chat(self, messages: Sequence[ChatMessage], *, answer: bool = True) -> array[int]:
+        """Token ids of a chat, rendered by the model's template up to where the assistant speaks.
+
+        Without `answer` up to the end of the last message: the head of every chat that begins with these messages.
+        """
         size = sum(len(message.content) for message in messages)
-        return await self._run(size, lambda: self.encode_chat_now(messages))
+        return await self._run(size, lambda: self.encode_chat_now(messages, answer=answer))
 
     def encode_now(self, text: str) -> array[int]:
         """As `encode`, on the calling thread."""
@@ -111,12 +114,12 @@ class Tokenizer:
             ids.insert(0, self._bos)
         return ids
 
-    def encode_chat_now(self, messages: Sequence[ChatMessage]) -> array[int]:
+    def encode_chat_now(self, messages: Sequence[ChatMessage], *, answer: bool = True) -> array[int]:
         """As `encode_chat`, on the calling thread."""
         if self._template is None:
             raise Unsupported("this model has no chat template: send text or token_ids", reason="NO_CHAT_TEMPLATE")
         escaped = [ChatMessage(message.role, self._guard.escape(message.content)) for message in messages]
-        return self._ids(self._template.render(escaped), specials=False)
+        return self._ids(self._template.render(escaped, add_generation_prompt=answer), specials=False)
 
     def detokenizer(self) -> Detokenizer:
         """For the text of an answer, which goes on after its prompt."""

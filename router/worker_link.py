@@ -1,6 +1,6 @@
 """The router's end of the link to one worker: one gRPC session that carries every sequence of the pair.
 
-Knows no placement and no text; the only router file that touches the worker's stubs. Invariant: when the session
+Knows no placement and no text; the only router file that calls the worker's stubs. Invariant: when the session
 breaks, every stream open on it ends with `WorkerLost` at once, and nothing of an old session is delivered any more.
 """
 
@@ -11,15 +11,25 @@ import contextlib
 import itertools
 import logging
 import random
-from array import array
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 
-from kvstore.scope import Region
+from kvstore.scope import ScopeRoot
 from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
+from router.link_messages import (
+    LinkOutput,
+    PinOrder,
+    Purged,
+    Submission,
+    WorkerHello,
+    WorkerLoad,
+    link_output,
+    pin_message,
+    submit_message,
+    worker_load,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,101 +53,9 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.enable_http_proxy", 0),
 )
 
-_FINISH = {
-    pb.FINISH_STOP: "stop",
-    pb.FINISH_LENGTH: "length",
-    pb.FINISH_CANCELLED: "cancelled",
-    pb.FINISH_ERROR: "error",
-    pb.FINISH_DEADLINE: "deadline",
-    pb.FINISH_REJECTED: "rejected",
-}
-
 
 class WorkerLost(Exception):
     """The session with the worker ended while a sequence was open on it."""
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingChoice:
-    """How tokens are chosen. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep every token."""
-
-    max_tokens: int = 256
-    min_tokens: int = 0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Submission:
-    """One attempt at a request, as the worker gets it. `timeout_s` is the time left when it is sent."""
-
-    request_id: str
-    attempt: int
-    token_ids: array[int]  # 'I'
-    num_prompt_tokens: int
-    regions: tuple[Region, ...]
-    sampling: SamplingChoice
-    priority: int
-    timeout_s: float
-    no_store: bool
-
-
-@dataclass(frozen=True, slots=True)
-class AdmissionReport:
-    """What the worker found when it admitted the sequence; all but the last two count prompt tokens."""
-
-    cached_device: int = 0
-    cached_cpu: int = 0
-    cached_remote: int = 0
-    cached_published: int = 0
-    blocks_copied: int = 0
-    queue_ms: float = 0.0
-
-    @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens that were not computed, wherever they came from."""
-        return self.cached_device + self.cached_cpu + self.cached_remote
-
-
-@dataclass(frozen=True, slots=True)
-class LinkOutput:
-    """New tokens of one sequence, or its end. `finish` is a word of the worker's `Finish`, in lower case."""
-
-    attempt: int
-    first_index: int
-    token_ids: tuple[int, ...]
-    finish: str | None = None
-    admission: AdmissionReport | None = None
-    stop_token_id: int | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerHello:
-    """What the worker says of itself when a session begins."""
-
-    worker: str
-    epoch: int
-    block_size: int
-    key_fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerLoad:
-    """How busy the worker said it was."""
-
-    running: int = 0
-    waiting: int = 0
-    queued_tokens: int = 0
-    free_blocks: int = 0
-    cached_blocks: int = 0
-    prefill_tokens_per_s: float = 0.0
-    step_ms: float = 0.0
-    draining: bool = False
 
 
 class LinkStream:
@@ -226,13 +144,35 @@ class WorkerLink:
             raise WorkerLost
         stream = LinkStream(next(self._sequences))
         self._streams[stream.sequence] = stream
-        self._outgoing.put_nowait(pb.RouterMessage(submit=_submit_message(stream.sequence, submission)))
+        self._outgoing.put_nowait(pb.RouterMessage(submit=submit_message(stream.sequence, submission)))
         return stream
 
     def close(self, stream: LinkStream) -> None:
         """Forget a stream and cancel its sequence if the worker has not ended it. Idempotent, never waits."""
         if self._streams.pop(stream.sequence, None) is not None:
             self._outgoing.put_nowait(pb.RouterMessage(cancel=pb.Cancel(sequence=stream.sequence)))
+
+    def pin(self, order: PinOrder) -> bool:
+        """Ask the worker to keep the blocks of a prefix; whether there is a session to say it on."""
+        if self.live:
+            self._outgoing.put_nowait(pb.RouterMessage(pin=pin_message(order)))
+        return self.live
+
+    def unpin(self, prefix: bytes) -> None:
+        """Take a pin back, if there is a session; else it ends by its own time."""
+        if self.live:
+            self._outgoing.put_nowait(pb.RouterMessage(unpin=pb.Unpin(prefix=prefix)))
+
+    async def purge(self, roots: Sequence[ScopeRoot], timeout_s: float) -> Purged | None:
+        """Have the worker forget all blocks of the scopes; None if it did not answer."""
+        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            stub = worker_pb2_grpc.WorkerLinkStub(channel)
+            try:
+                answer = await stub.Purge(pb.PurgeRequest(roots=roots), timeout=timeout_s)
+            except grpc.aio.AioRpcError as error:
+                logger.warning("worker %s did not purge: %s", self._expected.worker, error.code().name)
+                return None
+        return Purged(answer.device_blocks, answer.cpu_blocks, answer.remaining)
 
     async def _keep(self) -> None:
         backoff = BACKOFF_FIRST_S
@@ -300,7 +240,7 @@ class WorkerLink:
             for output in message.step.sequences:
                 self._deliver(output)
         elif kind == "load":
-            self.load = _load(message.load)
+            self.load = worker_load(message.load)
             self.num_loads += 1
             self._on_change()
 
@@ -310,7 +250,7 @@ class WorkerLink:
             return
         if output.finish != pb.FINISH_NONE:
             del self._streams[output.sequence]
-        stream._put(_link_output(output))
+        stream._put(link_output(output))
 
     def _down(self, reason: str) -> None:
         if self.live:
@@ -333,65 +273,3 @@ def _reason(error: grpc.aio.AioRpcError) -> str:
     if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
         return "refused by the worker: " + (error.details() or "")
     return f"no session: {error.code().name}"
-
-
-def _submit_message(sequence: int, submission: Submission) -> pb.Submit:
-    sampling = submission.sampling
-    return pb.Submit(
-        sequence=sequence,
-        request_id=submission.request_id,
-        attempt=submission.attempt,
-        token_ids=submission.token_ids,
-        num_prompt_tokens=submission.num_prompt_tokens,
-        regions=[pb.Region(scope_root=region.root, end=region.end or 0) for region in submission.regions],
-        sampling=pb.SamplingParams(
-            max_tokens=sampling.max_tokens,
-            min_tokens=sampling.min_tokens,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            seed=sampling.seed,
-            stop_token_ids=sampling.stop_token_ids,
-        ),
-        priority=submission.priority,
-        deadline_ms=max(1, int(submission.timeout_s * 1000)),
-        no_store=submission.no_store,
-    )
-
-
-def _link_output(output: pb.SequenceOutput) -> LinkOutput:
-    finish = _FINISH.get(output.finish)
-    return LinkOutput(
-        attempt=output.attempt,
-        first_index=output.first_index,
-        token_ids=tuple(output.token_ids),
-        finish=finish,
-        admission=_admission(output.admission) if output.HasField("admission") else None,
-        stop_token_id=output.stop_token_id if finish == "stop" else None,
-        reason=output.reason,
-    )
-
-
-def _admission(admission: pb.Admission) -> AdmissionReport:
-    return AdmissionReport(
-        cached_device=admission.cached_device_tokens,
-        cached_cpu=admission.cached_cpu_tokens,
-        cached_remote=admission.cached_remote_tokens,
-        cached_published=admission.cached_published_tokens,
-        blocks_copied=admission.blocks_copied,
-        queue_ms=admission.queue_ms,
-    )
-
-
-def _load(load: pb.Load) -> WorkerLoad:
-    return WorkerLoad(
-        running=load.running,
-        waiting=load.waiting,
-        queued_tokens=load.queued_tokens,
-        free_blocks=load.free_blocks,
-        cached_blocks=load.cached_blocks,
-        prefill_tokens_per_s=load.prefill_tokens_per_s,
-        step_ms=load.step_ms,
-        draining=load.draining,
-    )

@@ -22,7 +22,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     """Flags of `pando generate`."""
     parser.add_argument("text", help="the prompt; '-' reads it from standard input")
     _add_sampling(parser)
-    _add_target(parser)
+    add_target(parser)
     parser.add_argument("--no-store", action="store_true", help="keep nothing of this request for later ones")
     parser.add_argument("--usage", action="store_true", help="say on stderr what the request took and what was cached")
     parser.add_argument("--json", action="store_true", help="print one JSON document when the answer is complete")
@@ -31,7 +31,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 def generate(given: argparse.Namespace) -> int:
     """One prompt, one answer."""
     text = sys.stdin.read() if given.text == "-" else given.text
-    with _client(given) as client:
+    with open_client(given) as client:
         if given.json:
             result = client.generate(text=text, no_store=given.no_store, **_sampling(given))
             document = {
@@ -56,14 +56,14 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     """Flags of `pando chat`."""
     parser.add_argument("--system", default="", help="the system message")
     _add_sampling(parser)
-    _add_target(parser)
+    add_target(parser)
 
 
 def chat(given: argparse.Namespace) -> int:
     """A conversation: each line of input is a message, the history goes along; ends with the input."""
     talking = sys.stdin.isatty()
     messages = [{"role": "system", "content": given.system}] if given.system else []
-    with _client(given) as client:
+    with open_client(given) as client:
         for line in _lines(talking):
             messages.append({"role": "user", "content": line})
             answer = ""
@@ -82,7 +82,8 @@ def chat(given: argparse.Namespace) -> int:
     return 0
 
 
-def _add_target(parser: argparse.ArgumentParser) -> None:
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which router to ask, and as whom."""
     env = os.environ
     group = parser.add_argument_group("where to")
     group.add_argument(
@@ -128,7 +129,8 @@ def _sampling(given: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(given, name) for name in _SAMPLING if name in given} | {"timeout": given.timeout}
 
 
-def _client(given: argparse.Namespace) -> Client:
+def open_client(given: argparse.Namespace) -> Client:
+    """A client for the flags of `add_target`."""
     if "api_key" in given or "tenant" in given:
         return Client(given.target, api_key=getattr(given, "api_key", ""), tenant=getattr(given, "tenant", ""))
     key = os.environ.get("PANDO_API_KEY", "")

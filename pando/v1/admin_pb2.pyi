@@ -114,14 +114,18 @@ class PurgeTenantRequest(_message.Message):
     def __init__(self, tenant: _Optional[str] = ...) -> None: ...
 
 class PurgeTenantResponse(_message.Message):
-    __slots__ = ("device_blocks", "cpu_blocks", "workers")
+    __slots__ = ("device_blocks", "cpu_blocks", "workers", "remaining_blocks", "prefixes")
     DEVICE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CPU_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PREFIXES_FIELD_NUMBER: _ClassVar[int]
     device_blocks: int
     cpu_blocks: int
     workers: int
-    def __init__(self, device_blocks: _Optional[int] = ..., cpu_blocks: _Optional[int] = ..., workers: _Optional[int] = ...) -> None: ...
+    remaining_blocks: int
+    prefixes: int
+    def __init__(self, device_blocks: _Optional[int] = ..., cpu_blocks: _Optional[int] = ..., workers: _Optional[int] = ..., remaining_blocks: _Optional[int] = ..., prefixes: _Optional[int] = ...) -> None: ...
 
 class ExplainPlacementRequest(_message.Message):
     __slots__ = ("tenant", "text", "token_ids", "chat")

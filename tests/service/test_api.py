@@ -17,24 +17,26 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+import redis.asyncio
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import pando
+from kvstore.block import WorkerId
 from pando.errors import (
     AlreadyExists,
     DeadlineExceeded,
     InternalError,
     InvalidRequest,
     NotFound,
+    PermissionDenied,
     ResourceExhausted,
     Unauthenticated,
     Unavailable,
-    Unsupported,
 )
 from pando.model_folder import resolve_model
-from pando.v1 import admin_pb2, admin_pb2_grpc, prefixes_pb2, prefixes_pb2_grpc
+from pando.v1 import admin_pb2, admin_pb2_grpc, prefixes_pb2
 from pando.v1 import inference_pb2 as pb
 from pando.v1 import inference_pb2_grpc as stubs
 from router.admin_api import RouterView
@@ -48,7 +50,13 @@ from router.health import HealthService
 from router.interceptors import GateLimits
 from router.metrics import Metrics
 from router.model_card import read_model_card
-from router.server import ServerOptions, admin_server, listen, public_server
+from router.prefix_catalog import PrefixCatalog, PrefixRecord, Published
+from router.prefix_registry import PrefixRegistry
+from router.prefix_seal import PrefixSeal
+from router.prefixes_api import PrefixesService
+from router.publishing import Publishing
+from router.purging import PurgeReport
+from router.server import PublicServices, ServerOptions, admin_server, listen, public_server
 from router.tokenizer import Tokenizer
 
 MAX_MESSAGE = 1024 * 1024
@@ -69,6 +77,8 @@ class FakeFleet:
     requests: list[TokenRequest] = field(default_factory=list)
     streams: list[AsyncIterator[TokenDelta]] = field(default_factory=list)
     open: int = 0
+    home_names: tuple[str, ...] = ("w0", "w1")
+    lost: tuple[str, ...] = ()
 
     def stream(self, request: TokenRequest) -> AsyncIterator[TokenDelta]:
         """Streams are kept, so that only whoever closes them closes them, not the garbage collector."""
@@ -77,6 +87,8 @@ class FakeFleet:
 
     async def _stream(self, request: TokenRequest) -> AsyncIterator[TokenDelta]:
         self.requests.append(request)
+        if request.only in self.lost:
+            raise Unavailable("lost")
         self.open += 1
         try:
             count = request.sampling.max_tokens if self.finish == "length" else len(self.tokens)
@@ -98,6 +110,18 @@ class FakeFleet:
                 )
         finally:
             self.open -= 1
+
+    def homes(self, record: PrefixRecord) -> list[WorkerId]:
+        return list(map(WorkerId, self.home_names))
+
+    async def settle(self, published: Published) -> None:
+        """Nothing is pinned."""
+
+
+async def purge(tenant: str) -> PurgeReport:
+    if tenant == "silent":
+        raise Unavailable("not purged: no answer from w0", reason="PURGE_INCOMPLETE")
+    return PurgeReport(device_blocks=5, cpu_blocks=4, remaining_blocks=3, workers=2, prefixes=1)
 
 
 class House:
@@ -164,9 +188,10 @@ Start = Callable[..., Any]
 
 
 @pytest_asyncio.fixture
-async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
+async def start(tokenizer: Tokenizer, redis_url: str) -> AsyncIterator[Start]:
     """Starts a house; keywords: tenants file, admin key, limits, max_in_flight."""
     servers: list[grpc.aio.Server] = []
+    registries: list[PrefixRegistry] = []
 
     async def make(
         *, tenants: Path | None = None, admin_key: str = "", limits: GateLimits = LIMITS, max_in_flight: int = 100
@@ -177,11 +202,16 @@ async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
         card = read_model_card("pando-tiny", resolve_model("pando-tiny"))
         generation = Generation(fleet, tokenizer, admission, metrics)
         inference = InferenceService(generation, tokenizer, lambda: card, block_size=16)
-        view = RouterView("r1", metrics, admission, lambda: [VIEW], lambda: 7, lambda: True, lambda: 1.5)
+        client = redis.asyncio.Redis.from_url(redis_url)
+        registry = PrefixRegistry(client, "api", PrefixSeal(b"s", "api"), PrefixCatalog(), model="pando-tiny")
+        registries.append(registry)
+        publishing = Publishing(registry, fleet, fleet, model="pando-tiny", block_size=16)
+        prefixes = PrefixesService(publishing, tokenizer, admission, lambda: card, lambda _: 1, block_size=16)
+        view = RouterView("r1", metrics, admission, lambda: [VIEW], lambda: 7, lambda: True, lambda: 1.5, purge)
         house = House(fleet, tokenizer, "", "", metrics)
         health = HealthService(lambda: house.ready, ("pando.v1.Inference",))
         identity = KeyedTenants(tenants) if tenants else NamedTenants()
-        public = public_server(inference, health, identity, metrics, options)
+        public = public_server(PublicServices(inference, prefixes, health), identity, metrics, options)
         admin = admin_server(view, admin_key, options)
         house.public, house.admin = listen(public, "127.0.0.1", 0), listen(admin, "127.0.0.1", 0)
         for server in (public, admin):
@@ -192,6 +222,8 @@ async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
     yield make
     for server in servers:
         await server.stop(0)
+    for registry in registries:
+        await registry.stop()
 
 
 @pytest_asyncio.fixture
@@ -352,20 +384,40 @@ async def test_chat_tokenize_detokenize_and_models(house: House) -> None:
 
 
 @pytest.mark.asyncio
-async def test_published_prefixes_are_of_a_later_release(house: House) -> None:
-    async with house.client() as client:
-        with pytest.raises(Unsupported, match="not served by this version"):
-            await client.publish_prefix(text="x", scope="public", ttl_s=3600)
-    async with grpc.aio.insecure_channel(house.public) as channel:
-        prefixes = prefixes_pb2_grpc.PrefixesStub(channel)
-        for call, request in (
-            (prefixes.GetPrefix, prefixes_pb2.GetPrefixRequest()),
-            (prefixes.ListPrefixes, prefixes_pb2.ListPrefixesRequest()),
-            (prefixes.DeletePrefix, prefixes_pb2.DeletePrefixRequest()),
-        ):
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call(request, timeout=5)
-            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+async def test_a_prefix_is_computed_on_its_homes_before_it_is_answered(house: House) -> None:
+    async with house.client(tenant="a") as client:
+        published = await client.publish_prefix(text="x" * 100, scope="public", warm=True, ttl_s=60, name="xs")
+        assert [(request.only, request.sampling.max_tokens) for request in house.fleet.requests] == [
+            ("w0", 1),
+            ("w1", 1),
+        ]
+        assert all(request.warming is not None and request.sampling.max_tokens == 1 for request in house.fleet.requests)
+        assert await client.get_prefix(published.id) == published
+        async with house.client(tenant="b") as other:
+            assert await other.list_prefixes() == (published,)
+            with pytest.raises(PermissionDenied):
+                await other.delete_prefix(published.id)
+            with pytest.raises(NotFound):
+                await other.publish_prefix(text="x" * 100, scope="group", group="g")
+        await client.delete_prefix(published.id)
+        assert await client.list_prefixes() == ()
+        # One home that fails is made up for later; if all do, nothing is left behind.
+        house.fleet.lost = ("w0",)
+        kept = await client.publish_prefix(text="x" * 100, warm=True)
+        house.fleet.lost = ("w0", "w1")
+        with pytest.raises(Unavailable):
+            await client.publish_prefix(text="x" * 100, warm=True, timeout=5)
+        house.fleet.home_names = ()
+        with pytest.raises((Unavailable, DeadlineExceeded)):  # the client waits as long as it is told, then tries again
+            await client.publish_prefix(text="x" * 100, warm=True, timeout=0.5)
+        assert await client.list_prefixes() == (kept,)
+        with pytest.raises(InvalidRequest):
+            await client.publish_prefix(text="x" * 100, scope="own", group="g")
+    both = prefixes_pb2.PublishPrefixRequest(text="x" * 99, scope=3).SerializeToString() + b"\x22\x00"
+    assert (await house.refusal(both, "/pando.v1.Prefixes/PublishPrefix")).code is C.INVALID_ARGUMENT
+    assert (await house.refusal(b"", "/pando.v1.Prefixes/PublishPrefix")).code is C.INVALID_ARGUMENT
+    token = prefixes_pb2.ListPrefixesRequest(page_token="what").SerializeToString()
+    assert (await house.refusal(token, "/pando.v1.Prefixes/ListPrefixes")).code is C.INVALID_ARGUMENT
 
 
 @pytest.mark.asyncio
@@ -374,8 +426,7 @@ async def test_the_plain_client_does_the_same(house: House) -> None:
         with pando.Client(house.public, tenant="t", timeout=5) as client:
             with pytest.raises(InvalidRequest):
                 client.generate(text="x", n=9)
-            with pytest.raises(Unsupported):
-                client.publish_prefix(text="x", scope="own")
+            assert client.list_prefixes() == ()
             assert client.detokenize(client.tokenize(text="abc")) == "abc"
             assert client.list_models()[0].name == "pando-tiny"
             early = client.stream(text="x", max_tokens=1000)
@@ -834,9 +885,13 @@ async def test_admin_tells_what_happened(start: Start) -> None:
         stats = await admin.GetStats(admin_pb2.GetStatsRequest(), metadata=key, timeout=5)
         tenants = (await admin.ListTenants(admin_pb2.ListTenantsRequest(), metadata=key, timeout=5)).tenants
         [worker] = (await admin.ListWorkers(admin_pb2.ListWorkersRequest(), metadata=key, timeout=5)).workers
+        purged = await admin.PurgeTenant(admin_pb2.PurgeTenantRequest(tenant="t"), metadata=key, timeout=5)
+        assert (purged.device_blocks, purged.cpu_blocks, purged.remaining_blocks) == (5, 4, 3)
+        assert (purged.workers, purged.prefixes) == (2, 1)
+        with pytest.raises(grpc.aio.AioRpcError, match="w0"):
+            await admin.PurgeTenant(admin_pb2.PurgeTenantRequest(tenant="silent"), metadata=key, timeout=5)
         for call, request in (
             (admin.DrainWorker, admin_pb2.DrainWorkerRequest()),
-            (admin.PurgeTenant, admin_pb2.PurgeTenantRequest()),
             (admin.ExplainPlacement, admin_pb2.ExplainPlacementRequest()),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -26,7 +26,9 @@ from kvstore.scope import TenantId
 from pando.errors import Unavailable
 from router.dispatch import Dispatch, SamplingChoice, TokenDelta, TokenRequest
 from router.fleet import Fleet, WorkerState
-from router.worker_link import WorkerHello, WorkerLink
+from router.link_messages import WorkerHello
+from router.scopes import Scopes
+from router.worker_link import WorkerLink
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.timeout(60)]
 
@@ -141,7 +143,7 @@ async def router_on(redis_url: str, **settings: Any) -> AsyncIterator[Router]:
     index = MemoryIndex()
     mirror = Mirror(redis_url, CLUSTER, index)
     fleet = Fleet(mirror, index, router="r1", model="sim", block_size=BLOCK, **settings)
-    router = Router(mirror, index, fleet, Dispatch(fleet, b"secret"))
+    router = Router(mirror, index, fleet, Dispatch(fleet, Scopes(b"secret")))
     await fleet.start()
     await mirror.start()
     try:

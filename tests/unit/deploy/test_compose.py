@@ -18,7 +18,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from router.auth import key_hash, read_tenants
+from router.auth import key_hash
+from router.tenants import read_tenants
 
 Files = tuple[str, ...]
 BASE: Files = ("docker-compose.yml",)
@@ -162,7 +163,7 @@ def test_files_that_are_mounted_exist(root: Path) -> None:
 
 def test_dev_tenants_are_those_of_the_comments(root: Path) -> None:
     path = root / "deploy" / "tenants.dev.toml"
-    by_hash = {digest.hex(): tenant.id for digest, tenant in read_tenants(path).items()}
+    by_hash = {digest.hex(): tenant.id for digest, tenant in read_tenants(path).by_digest.items()}
     for name in ("a", "b"):
         key = f"pando-dev-key-{name}"
         assert key in path.read_text()

@@ -19,9 +19,10 @@ from kvstore.memory_index import MemoryIndex
 from kvstore.mirror import Mirror
 from pando.worker.v1 import worker_pb2 as pb
 from router.fleet import Fleet
+from router.link_messages import WorkerLoad
 from router.member import Ask, Reservation
 from router.placement import Prompt
-from router.worker_link import WorkerLink, WorkerLoad
+from router.worker_link import WorkerLink
 
 BLOCK = 16
 MODEL_FINGERPRINT = b"m" * 16

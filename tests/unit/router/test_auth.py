@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.scope import TenantId
 from pando.errors import ConfigError, InvalidRequest, ResourceExhausted, Unauthenticated
 from router.admission import Admission
 from router.auth import (
     KeyedTenants,
     NamedTenants,
-    Tenant,
     check_admin_key,
     is_loopback,
     key_hash,
@@ -20,6 +20,7 @@ from router.auth import (
     open_authenticator,
     require_admin,
 )
+from router.tenants import KvQuota, Tenant
 
 
 class Clock:
@@ -119,6 +120,23 @@ def test_a_broken_change_keeps_the_keys_before_it(keys: Path, caplog: pytest.Log
         (f'[tenants.a]\nkeys = ["{key_hash("k")}"]\nquota = 3', "settings other than"),
         (f'[tenants.a]\nkeys = ["{key_hash("k")}"]\nmax_in_flight = -1', "max_in_flight"),
         (f'[tenants.a]\nkeys = ["{key_hash("k")}"]\nmax_in_flight = true', "max_in_flight"),
+        *(
+            (f'[tenants.a]\nkeys = ["{key_hash("k")}"]\n{line}', says)
+            for line, says in (
+                ('groups = "g"', "list of names"),
+                ("groups = [3]", "list of names"),
+                ('groups = ["a b"]', "group 'a b'"),
+                (f"groups = {[f'g{i}' for i in range(17)]}", "more than 16 groups"),
+                ('publish = ["all"]', "publish"),
+                ("publish = true", "list of names"),
+                ("device_floor_blocks = -1", "device_floor_blocks"),
+                ("device_floor_blocks = 1.5", "device_floor_blocks"),
+                ("cpu_ceiling_blocks = 2147483648", "cpu_ceiling_blocks"),
+                ("device_floor_blocks = 3\ndevice_ceiling_blocks = 2", "below its device_floor"),
+                ("cpu_floor_blocks = 3\ncpu_ceiling_blocks = 2", "below its cpu_floor"),
+                ("publish_budget_blocks = true", "publish_budget_blocks"),
+            )
+        ),
         (f'[tenants."a b"]\nkeys = ["{key_hash("k")}"]', "tenant name"),
         (f'[tenants.{"a" * 65}]\nkeys = ["{key_hash("k")}"]', "tenant name"),
         ("\x00", "TOML"),
@@ -210,3 +228,34 @@ def test_a_tenants_own_limit() -> None:
             pass
     with admission.enter(limited, ""):
         pass
+
+
+def test_what_a_tenant_may_use_and_share(tmp_path: Path) -> None:
+    rest = """groups = ["g", "h", "g"]
+publish = ["own", "public"]
+device_floor_blocks = 10
+device_ceiling_blocks = 100
+cpu_ceiling_blocks = 0
+publish_budget_blocks = 0
+"""
+    path = write(
+        tmp_path / "t.toml", f'[tenants.b]\nkeys = ["{key_hash("b")}"]\n[tenants.a]\nkeys = ["{key_hash("a")}"]\n'
+    )
+    clock = Clock()
+    tenants = KeyedTenants(path, clock=clock)
+    plain = tenants.tenant(bearer("a"))
+    assert (plain.groups, plain.publish, plain.quota) == ((), {"own", "group"}, KvQuota())
+    assert tenants.known() == ("b", "a") and tenants.lookup(plain.id) == plain
+    path.write_text(path.read_text() + rest)
+    write(path, path.read_text())
+    clock.now = 1.0
+    changed = tenants.tenant(bearer("a"))
+    assert (changed.groups, changed.publish) == (("g", "h"), {"own", "public"})
+    assert changed.quota == KvQuota(10, 100, 0, 0, 0)
+    assert tenants.lookup(changed.id) == changed and tenants.lookup(TenantId("nobody")) is None
+
+
+def test_without_keys_everything_may_be_published_and_nobody_is_in_a_group() -> None:
+    tenant = NamedTenants().tenant([("x-pando-tenant", "a")])
+    assert (tenant.publish, tenant.groups) == ({"own", "group", "public"}, ())
+    assert NamedTenants().lookup(tenant.id) == tenant and NamedTenants().known() == ()

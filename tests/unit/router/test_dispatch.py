@@ -23,6 +23,7 @@ from pando.errors import (
 )
 from pando.worker.v1 import worker_pb2 as pb
 from router.dispatch import Dispatch, SamplingChoice, TokenDelta, TokenRequest
+from router.scopes import Scopes
 
 pytestmark = pytest.mark.asyncio
 Stage = Any
@@ -38,7 +39,7 @@ def request(token_ids: array[int], tenant: str = "a", timeout_s: float = 5.0, **
 
 
 def dispatch(stage: Stage, **settings: Any) -> Dispatch:
-    return Dispatch(stage.fleet, SECRET, **settings)
+    return Dispatch(stage.fleet, Scopes(SECRET), **settings)
 
 
 class Call:
