@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import logging
 import re
 import secrets
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 
 from kvstore.scope import TenantId
 from pando.errors import ConfigError, InvalidRequest, Unauthenticated
+from pando.settings import is_loopback
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
@@ -53,6 +53,12 @@ def make_key() -> tuple[str, str]:
     return key, key_hash(key)
 
 
+def check_tenant_name(name: str) -> None:
+    """Raise `ConfigError` for what cannot be the name of a tenant."""
+    if not _TENANT.fullmatch(name):
+        raise ConfigError(f"tenant name '{name}' is not up to 64 letters, digits, '.', '_' or '-'")
+
+
 def key_hash(key: str) -> str:
     """How a key is written in the tenants file."""
     return f"sha256:{_digest(key).hex()}"
@@ -77,16 +83,6 @@ def require_admin(admin_key: str, metadata: Metadata) -> None:
     """Let a call to the admin port pass, or raise `Unauthenticated`. An empty key lets every call pass."""
     if admin_key and not hmac.compare_digest(_digest(_bearer(metadata)), _digest(admin_key)):
         raise Unauthenticated("the admin key is not valid")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class NamedTenants:
@@ -157,8 +153,7 @@ def read_tenants(path: Path) -> dict[bytes, Tenant]:
 
 
 def _keys_of(name: str, record: Any) -> list[tuple[bytes, Tenant]]:
-    if not _TENANT.fullmatch(name):
-        raise ConfigError(f"tenant name '{name}' is not up to 64 letters, digits, '.', '_' or '-'")
+    check_tenant_name(name)
     if not isinstance(record, dict) or not set(record) <= {"keys", "max_in_flight"}:
         raise ConfigError(f"tenant '{name}' has settings other than keys and max_in_flight")
     limit, keys = record.get("max_in_flight", 0), record.get("keys")

@@ -22,6 +22,7 @@ from pando.model_folder import resolve_model
 from pando.settings import WorkerSettings
 from worker import kv_cache, sampler
 from worker.batch import Batch, BlockCopy
+from worker.checks import check_length
 from worker.models.config import ModelConfig, read_config
 from worker.models.decoder import Decoder, load_decoder
 from worker.runner import ModelSpec
@@ -224,7 +225,8 @@ def _activation_bytes(settings: WorkerSettings, config: ModelConfig, dtype: torc
 
 def _max_model_len(settings: WorkerSettings, config: ModelConfig, num_blocks: int) -> int:
     """The model's own length, or the pool's where that is less; what the user asks for must fit both."""
-    most = min(config.max_positions, num_blocks * settings.block_size)
-    if settings.max_model_len > most:
-        raise ConfigError(f"max_model_len {settings.max_model_len} is more than the {most} tokens of model and KV pool")
-    return settings.max_model_len or most
+    check_length(settings, config.max_positions)
+    room = num_blocks * settings.block_size
+    if settings.max_model_len > room:
+        raise ConfigError(f"--max-model-len {settings.max_model_len} is over the {room} positions of the KV pool")
+    return settings.max_model_len or min(config.max_positions, room)

@@ -26,6 +26,7 @@ from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
 from worker.batch import SamplingParams
 from worker.engine import Engine, Load, StepReport
+from worker.link_guard import LinkGuard
 from worker.sequence import AdmissionFacts, Finish, SequenceOutput, SequenceRequest
 from worker.session import Attempt, News, RouterSession
 
@@ -87,11 +88,12 @@ class _Origin:
 class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
     """Serves `WorkerLink` and health. `deliver` is for the engine's thread, the rest for the loop's."""
 
-    def __init__(self, engine: Engine, identity: WorkerIdentity) -> None:
+    def __init__(self, engine: Engine, identity: WorkerIdentity, *, token: str = "") -> None:
+        """`token` is asked of every caller; without one anybody may call."""
         self._engine = engine
         self._identity = identity
         self._loop = asyncio.get_running_loop()
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[LinkGuard(token)])
         self._health = health.aio.HealthServicer()
         self._sessions: set[RouterSession] = set()
         self._origins: dict[int, _Origin] = {}

@@ -142,7 +142,7 @@ def _model_folder(name: str) -> Path | None:
 def _max_model_len(settings: WorkerSettings, config: dict[str, Any]) -> int:
     own = int(config.get("max_position_embeddings", DEFAULT_MAX_MODEL_LEN))
     if settings.max_model_len > own:
-        raise ConfigError(f"max_model_len {settings.max_model_len} is over the model's own {own}")
+        raise ConfigError(f"--max-model-len {settings.max_model_len} is over the model's own {own}")
     return settings.max_model_len or own
 
 

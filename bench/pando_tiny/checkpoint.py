@@ -134,7 +134,8 @@ def _json_files(shape: Shape, tokenizer: Tokenizer) -> dict[str, dict[str, objec
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    generation = {**ids, "do_sample": False}  # so small a model says most sense when it says what is likeliest
     return {"config.json": config, "tokenizer_config.json": tokenizer_config, "generation_config.json": generation}
 
 

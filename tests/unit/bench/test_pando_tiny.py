@@ -92,6 +92,7 @@ def test_special_tokens_and_end_tokens_agree_over_the_files() -> None:
     ids = {token: TOKENIZER.token_to_id(token) for token in SPECIAL_TOKENS}
     assert None not in ids.values()
     ends = [ids["<|end|>"], ids["<|endoftext|>"]]
+    assert contents("generation_config.json")["do_sample"] is False
     assert contents("generation_config.json")["eos_token_id"] == contents("config.json")["eos_token_id"] == ends
     assert contents("tokenizer_config.json")["add_bos_token"] is False
     assert TOKENIZER.encode("text").ids[0] != ids["<|endoftext|>"]
