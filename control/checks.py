@@ -1,33 +1,65 @@
-"""What can be known to be wrong with `pando up` before anything is started: seconds, not a half-started fleet.
+"""What can be known to be wrong with a command's settings before anything is started: seconds, no half-started fleet.
 
-Knows settings, ports and files; loads no Ray. Every finding is one `ConfigError`.
+Knows settings, ports and files; loads neither Ray nor torch. Every finding is one `ConfigError`.
 """
 
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
-from control.redis_server import check_reachable, find_binary
+from control.redis_server import find_binary
+from kvstore.redis_url import why_no_answer
 from pando.errors import ConfigError
 from pando.model_folder import resolve_model
-from pando.settings import UpSettings
+from pando.settings import CrewSettings, UpSettings
 from router.auth import check_admin_key, open_authenticator
+from worker.checks import check_model, check_settings
+from worker.link_guard import check_link_token
 
 
 def check(settings: UpSettings) -> None:
-    """What can be known to be wrong before anything is started; raises `ConfigError`."""
-    if settings.workers < 1:
-        raise ConfigError("--workers must be at least 1")
-    resolve_model(settings.model)
+    """Raises `ConfigError` on what `pando up` cannot start with."""
+    _check_crew(settings)
+    folder = resolve_model(settings.model)
+    check_model(settings, folder)
+    _check_tokenizer(settings.model, folder)
     open_authenticator(settings.tenants, settings.host)
     check_admin_key(settings.admin_key, settings.host)
     _check_ports(settings)
     if settings.redis:
-        check_reachable(settings.redis)
+        _check_redis(settings.redis)
     elif settings.ray:
         raise ConfigError("--ray needs --redis: workers elsewhere cannot reach a Redis of our own")
     else:
         find_binary()
+
+
+def check_workers(settings: CrewSettings) -> None:
+    """Raises `ConfigError` on what `pando workers` cannot start with; a joined Ray's nodes have their own models."""
+    _check_crew(settings)
+    if not settings.redis:
+        raise ConfigError("--redis URL is needed: routers find these workers through it")
+    check_link_token(settings.link_token, settings.host)
+    _check_redis(settings.redis)
+    if not settings.ray:
+        check_model(settings, resolve_model(settings.model))
+
+
+def _check_crew(settings: CrewSettings) -> None:
+    if settings.workers < 1:
+        raise ConfigError("--workers must be at least 1")
+    check_settings(settings)
+
+
+def _check_redis(url: str) -> None:
+    if reason := why_no_answer(url):
+        raise ConfigError(reason)
+
+
+def _check_tokenizer(model: str, folder: Path) -> None:
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError(f"--model {model}: the folder has no tokenizer.json")
 
 
 def _check_ports(settings: UpSettings) -> None:

@@ -31,28 +31,37 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-# Outlives the process that started it, by design. What is killed may have started others meanwhile, hence the rounds.
+# Outlives the process that started it, by design. Only who has a file open for writing is of ours: an operator may read
+# a log there. What is killed may have started others, or written a file, meanwhile: hence the rounds.
 _SWEEP = """
 import glob, os, shutil, signal, sys, time
 folder, spared = sys.argv[1], {os.getpid(), int(sys.argv[2])}
 sys.stdin.buffer.read()
-for _ in range(100):
-    found = set()
-    for path in glob.glob("/proc/[0-9]*/fd/*"):
-        try:
-            if os.readlink(path).startswith(folder + "/"):
-                found.add(int(path.split("/")[2]))
-        except OSError:
-            pass
-    if not found - spared:
-        break
+
+def writes(path):
+    try:
+        if not os.readlink(path).startswith(folder + "/"):
+            return False
+        with open(path.replace("/fd/", "/fdinfo/")) as lines:
+            flags = [int(line.split()[1], 8) for line in lines if line.startswith("flags:")]
+        return flags[0] & os.O_ACCMODE != os.O_RDONLY
+    except OSError:
+        return False
+
+gone = 0
+for _ in range(200):
+    found = {int(path.split("/")[2]) for path in glob.glob("/proc/[0-9]*/fd/*") if writes(path)}
     for pid in found - spared:
         try:
             os.kill(pid, signal.SIGKILL)
         except OSError:
             pass
+    if not found - spared:
+        shutil.rmtree(folder, ignore_errors=True)
+        gone = 0 if os.path.exists(folder) else gone + 1
+        if gone == 2:
+            break
     time.sleep(0.05)
-shutil.rmtree(folder, ignore_errors=True)
 """
 
 
@@ -101,9 +110,10 @@ class Child:
 
 
 class Sweeper:
-    """A small process that, when this one ends in whatever way, kills every other one with a file open in a folder.
+    """A small process that, when this one ends in whatever way, kills all others that write in a folder and removes it.
 
-    For programs that start others in ways of their own, as Ray does, and keep their logs in that folder.
+    For programs that start others in ways of their own, as Ray does, and keep their logs in that folder. Whoever only
+    reads there is left alone.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -13,11 +13,12 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -115,16 +116,16 @@ class Cluster:
         short = "/tmp" if len(tempfile.gettempdir()) > 40 else None  # Ray's unix sockets lie below it
         self._folder = Path(tempfile.mkdtemp(prefix="pando-ray-", dir=short))
         self._sweeper = Sweeper(self._folder)
-        return ray.init(
-            num_cpus=self._slots + 1,
-            namespace=self._namespace,
-            include_dashboard=self._dashboard,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(self._folder),
-            _node_ip_address="127.0.0.1",
-        )
+        with _on_loopback():
+            return ray.init(
+                num_cpus=self._slots + 1,
+                namespace=self._namespace,
+                include_dashboard=self._dashboard,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(self._folder),
+            )
 
     def _start_joined(self) -> Any:
         _check_answers(self._join)
@@ -184,10 +185,10 @@ class Crew:
         deadline = time.monotonic() + timeout_s
         while True:
             found = self.workers()
-            say(found)
             for worker in found:
                 if worker.state == "refused":
                     raise ConfigError(f"{worker.worker_id} cannot start: {worker.reason}")
+            say(found)
             if all(worker.state == "ready" for worker in found):
                 return found
             if time.monotonic() > deadline:
@@ -220,6 +221,20 @@ class Crew:
             raise Unavailable("the supervisor of the workers is gone") from error
 
 
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Within, a Ray that starts listens on loopback alone, as it does on systems where it supports no clusters.
+
+    It has no setting for that: a `_node_ip_address` on loopback it turns into the machine's, then listens everywhere.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False  # read when Ray was imported; its processes read the variable
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
 def _resources() -> dict[str, float]:
     found: dict[str, float] = ray.cluster_resources()
     return found
@@ -240,6 +255,7 @@ def _local_environment() -> dict[str, str]:
     """What a Ray of our own and every actor in it inherit: no reports, a token only this process knows, our sources."""
     return {
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),  # Ray keeps the first it reads
         "PYTHONPATH": source_path(),

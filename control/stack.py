@@ -6,15 +6,18 @@ Knows how the parts are wired and in what order; nothing of requests. Invariant:
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from control.cluster import Cluster, Crew
-from control.redis_server import RedisServer, without_password
-from control.router_process import Listening, RouterProcess
+from control.redis_server import RedisServer
+from control.router_process import Listening, RouterProcess, RouterRefused
 from control.supervisor import WorkerStatus
+from kvstore.redis_url import without_password
 from pando.errors import ConfigError
 from pando.settings import RouterSettings, UpSettings, WorkerSettings, narrow
 from pando.v1 import admin_pb2
@@ -46,9 +49,14 @@ class Stack:
     def __init__(self, settings: UpSettings, say: Say, *, cluster: Cluster | None = None) -> None:
         """`settings` passed `control.checks.check`; `say` hears one line of progress at a time; `cluster` is a Ray that
         runs, to use and to leave running."""
-        if not settings.cluster_secret:
-            settings = narrow(UpSettings, settings, cluster_secret=secrets.token_hex(32))
-        self._settings = settings
+        self._settings = narrow(
+            UpSettings,
+            settings,
+            cluster_secret=settings.cluster_secret or secrets.token_hex(32),
+            link_token=settings.link_token or secrets.token_hex(32),
+        )
+        # gRPC's own lines on stderr say in its words, in every process, what we say in ours.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         self._say = say
         self._progress = _Progress(say)
         self._given_cluster = cluster
@@ -89,7 +97,7 @@ class Stack:
         self._router = RouterProcess(narrow(RouterSettings, settings))
         self._start_router_and_workers()
         listening = self._router.wait_listening(deadline - time.monotonic())
-        workers = self._crew.wait_ready(deadline - time.monotonic(), self._progress.workers)
+        workers = self._crew.wait_ready(deadline - time.monotonic(), self._starting)
         self._wait_linked(workers, deadline)
         return _running(listening, without_password(url), self._cluster.address, workers)
 
@@ -121,15 +129,44 @@ class Stack:
         self._router.start()
         if self._given_cluster is None:
             self._say(f"joining Ray at {self._settings.ray}" if self._settings.ray else "starting Ray")
-            self._cluster.start()
+            with self._watching_router():
+                self._cluster.start()
             if self._cluster.log_folder:
                 self._say(f"Ray runs; what workers log is in {self._cluster.log_folder}")
+        self._require_router()
         self._say(f"starting {self._settings.workers} workers with {self._settings.model}")
         self._crew.start()
+
+    def _starting(self, workers: Sequence[WorkerStatus]) -> None:
+        self._progress.workers(workers)
+        self._require_router()
+
+    @contextlib.contextmanager
+    def _watching_router(self) -> Iterator[None]:
+        """Within, the end of the router interrupts what the main thread waits for: Ray takes seconds to start."""
+
+        def on_child(_number: int, _frame: object) -> None:
+            if not self._router.alive():
+                raise _RouterEnded
+
+        before = signal.signal(signal.SIGCHLD, on_child)
+        try:
+            self._require_router()
+            yield
+        except _RouterEnded:
+            self._require_router()
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+
+    def _require_router(self) -> None:
+        """A router that has ended said why: there is nothing to wait for."""
+        if not self._router.alive():
+            raise RouterRefused("the router could not start")
 
     def _wait_linked(self, workers: Sequence[WorkerStatus], deadline: float) -> None:
         wanted = {(worker.worker_id, worker.epoch) for worker in workers}
         while True:
+            self._require_router()
             seen = self._router.workers()
             for worker in seen:
                 if worker.state == admin_pb2.WORKER_STATE_REFUSED:
@@ -139,6 +176,10 @@ class Stack:
             if time.monotonic() > deadline:
                 raise ConfigError("the router did not reach every worker in time")
             time.sleep(0.05)
+
+
+class _RouterEnded(BaseException):
+    """Not an `Exception`: Ray would catch that and go on."""
 
 
 class _Progress:

@@ -59,7 +59,7 @@ def redis_key(cluster: str, worker_id: str, part: str) -> str:
 
 
 def workers_key(cluster: str) -> str:
-    """Name of the set of worker ids that ever held a lease and were not forgotten."""
+    """Name of the set of worker ids that ever held a lease."""
     return f"{cluster}:workers"
 
 
@@ -114,12 +114,6 @@ def check_fence(worker_id: str, epoch: int, newest: object) -> None:
         raise Fenced(f"worker {worker_id} has a newer life, epoch {newest}; this one is epoch {epoch}")
 
 
-def forget_worker(client: redis.Redis, cluster: str, worker_id: str) -> None:
-    """Remove a worker that will not come back from the set of ids. Its epoch counter stays."""
-    client.srem(workers_key(cluster), worker_id)
-    client.delete(redis_key(cluster, worker_id, "lease"))
-
-
 class LeaseView(msgspec.Struct, frozen=True):
     """One look at the leases: `known` are all ids of the set, `malformed` counts entries that could not be read."""
 
@@ -137,11 +131,6 @@ async def view_leases(client: redis.asyncio.Redis, cluster: str) -> LeaseView:
     values: list[Any] = await client.mget([redis_key(cluster, name, "lease") for name in names])
     leases, malformed = _decode(zip(names, values, strict=True))
     return LeaseView(leases, frozenset(WorkerId(name) for name in names), malformed)
-
-
-async def read_leases(client: redis.asyncio.Redis, cluster: str) -> list[Lease]:
-    """All live leases, in order of worker id."""
-    return list((await view_leases(client, cluster)).leases.values())
 
 
 def _decode(entries: Iterable[tuple[str, bytes | None]]) -> tuple[dict[WorkerId, Lease], int]:

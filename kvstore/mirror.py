@@ -134,11 +134,6 @@ class Mirror:
         """(epoch, seq) of the last batch applied, for each worker that is up to date."""
         return {w: (f.lease.epoch, f.seq) for w, f in self._followed.items() if f.seq is not None}
 
-    def is_current(self, worker: WorkerId) -> bool:
-        """Whether the worker's blocks have been read and no gap is open."""
-        followed = self._followed.get(worker)
-        return followed is not None and followed.seq is not None
-
     async def _run(self) -> None:
         backoff = self._times.backoff_first
         while not self._stopping:

@@ -11,7 +11,8 @@ from typing import Any
 
 import grpc
 
-from pando.errors import PandoError, Unavailable, error_type
+from pando.errors import PandoError, Unavailable, Unsupported, error_type
+from pando.messages import is_unknown_method
 from pando.v1 import admin_pb2, admin_pb2_grpc
 
 
@@ -59,4 +60,6 @@ class AdminClient:
     def _typed(self, error: grpc.RpcError) -> PandoError:
         if error.code() is grpc.StatusCode.UNAVAILABLE:
             return Unavailable(f"nothing answers at {self._target}")
+        if is_unknown_method(error):
+            return Unsupported(f"{self._target} is not an admin port")
         return error_type(error.code())(error.details() or error.code().name)

@@ -35,6 +35,7 @@ _COMMANDS = (
     _Command(
         "demo", "pando.commands.demo", "run a multi-tenant workload on two workers, with prefix reuse and without"
     ),
+    _Command("key", "pando.commands.key", "make an API key for a tenant, and its lines for the tenants file"),
     _Command("router", "pando.commands.serve", "run a router alone"),
     _Command("workers", "pando.commands.serve", "run workers alone, in a Ray of their own or one to join"),
     _Command("health", "pando.commands.look", "tell by exit code whether a router serves"),

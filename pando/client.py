@@ -76,6 +76,7 @@ class _Connection:
         `timeout` is for calls that set none, in seconds. `credentials` turn on TLS."""
         if api_key and tenant:
             raise InvalidRequest("give an api_key or a tenant, not both")
+        self._target = target
         self._timeout = timeout
         self._metadata: tuple[tuple[str, str], ...] = ()
         if api_key:
@@ -103,7 +104,7 @@ class Client(_Connection):
     def generate(self, **options: Unpack[GenerateOptions]) -> Generation:
         """The answer to one prompt: text=, token_ids= or chat=."""
         request = messages.generate_request(options)
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             return messages.generation(self._inference.Generate(request, **self._call(options.get("timeout"))))
 
     def stream(self, **options: Unpack[GenerateOptions]) -> Generator[Chunk, None, None]:
@@ -111,7 +112,7 @@ class Client(_Connection):
         return self._stream(messages.generate_request(options), options.get("timeout"))
 
     def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> Generator[Chunk, None, None]:
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             call = self._inference.GenerateStream(request, **self._call(timeout))
             try:
                 for message in call:
@@ -122,37 +123,37 @@ class Client(_Connection):
     def tokenize(self, **options: Unpack[PromptOptions]) -> tuple[int, ...]:
         """The token ids that a prompt, text= or chat=, becomes."""
         request = messages.tokenize_request(options)
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             return tuple(self._inference.Tokenize(request, **self._call(options.get("timeout"))).token_ids)
 
     def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = None) -> str:
         """The text of token ids; special tokens have none."""
         request = pb.DetokenizeRequest(token_ids=token_ids)
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             return str(self._inference.Detokenize(request, **self._call(timeout)).text)
 
     def list_models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
         """The models that the router serves."""
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             return messages.models(self._inference.ListModels(pb.ListModelsRequest(), **self._call(timeout)))
 
     def publish_prefix(self, **options: Unpack[PrefixOptions]) -> Prefix:
         """Share a prompt head with a scope for some time."""
         request = messages.publish_request(options)
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             return messages.prefix(self._prefixes.PublishPrefix(request, **self._call(options.get("timeout"))))
 
     def get_prefix(self, prefix_id: str, *, timeout: float | None = None) -> Prefix:
         """A published prefix that this tenant may use."""
         request = prefixes_pb2.GetPrefixRequest(id=prefix_id)
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             return messages.prefix(self._prefixes.GetPrefix(request, **self._call(timeout)))
 
     def list_prefixes(self, *, timeout: float | None = None) -> tuple[Prefix, ...]:
         """All published prefixes that this tenant may use, oldest first."""
         found: list[Prefix] = []
         request = prefixes_pb2.ListPrefixesRequest()
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             while True:
                 page = self._prefixes.ListPrefixes(request, **self._call(timeout))
                 found += map(messages.prefix, page.prefixes)
@@ -163,7 +164,7 @@ class Client(_Connection):
     def delete_prefix(self, prefix_id: str, *, timeout: float | None = None) -> None:
         """End a prefix that this tenant published."""
         request = prefixes_pb2.DeletePrefixRequest(id=prefix_id)
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             self._prefixes.DeletePrefix(request, **self._call(timeout))
 
     def close(self) -> None:
@@ -187,7 +188,7 @@ class AsyncClient(_Connection):
     async def generate(self, **options: Unpack[GenerateOptions]) -> Generation:
         """The answer to one prompt: text=, token_ids= or chat=. Cancelling the task cancels the request."""
         request = messages.generate_request(options)
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             return messages.generation(await self._inference.Generate(request, **self._call(options.get("timeout"))))
 
     def stream(self, **options: Unpack[GenerateOptions]) -> AsyncGenerator[Chunk, None]:
@@ -195,7 +196,7 @@ class AsyncClient(_Connection):
         return self._stream(messages.generate_request(options), options.get("timeout"))
 
     async def _stream(self, request: pb.GenerateRequest, timeout: float | None) -> AsyncGenerator[Chunk, None]:
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             call = self._inference.GenerateStream(request, **self._call(timeout))
             try:
                 async for message in call:
@@ -206,38 +207,38 @@ class AsyncClient(_Connection):
     async def tokenize(self, **options: Unpack[PromptOptions]) -> tuple[int, ...]:
         """The token ids that a prompt, text= or chat=, becomes."""
         request = messages.tokenize_request(options)
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             response = await self._inference.Tokenize(request, **self._call(options.get("timeout")))
         return tuple(response.token_ids)
 
     async def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = None) -> str:
         """The text of token ids; special tokens have none."""
         request = pb.DetokenizeRequest(token_ids=token_ids)
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             return str((await self._inference.Detokenize(request, **self._call(timeout))).text)
 
     async def list_models(self, *, timeout: float | None = None) -> tuple[Model, ...]:
         """The models that the router serves."""
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             return messages.models(await self._inference.ListModels(pb.ListModelsRequest(), **self._call(timeout)))
 
     async def publish_prefix(self, **options: Unpack[PrefixOptions]) -> Prefix:
         """Share a prompt head with a scope for some time."""
         request = messages.publish_request(options)
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             return messages.prefix(await self._prefixes.PublishPrefix(request, **self._call(options.get("timeout"))))
 
     async def get_prefix(self, prefix_id: str, *, timeout: float | None = None) -> Prefix:
         """A published prefix that this tenant may use."""
         request = prefixes_pb2.GetPrefixRequest(id=prefix_id)
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             return messages.prefix(await self._prefixes.GetPrefix(request, **self._call(timeout)))
 
     async def list_prefixes(self, *, timeout: float | None = None) -> tuple[Prefix, ...]:
         """All published prefixes that this tenant may use, oldest first."""
         found: list[Prefix] = []
         request = prefixes_pb2.ListPrefixesRequest()
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             while True:
                 page = await self._prefixes.ListPrefixes(request, **self._call(timeout))
                 found += map(messages.prefix, page.prefixes)
@@ -248,7 +249,7 @@ class AsyncClient(_Connection):
     async def delete_prefix(self, prefix_id: str, *, timeout: float | None = None) -> None:
         """End a prefix that this tenant published."""
         request = prefixes_pb2.DeletePrefixRequest(id=prefix_id)
-        with messages.typed_errors():
+        with messages.typed_errors(self._target):
             await self._prefixes.DeletePrefix(request, **self._call(timeout))
 
     async def close(self) -> None:

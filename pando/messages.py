@@ -16,7 +16,7 @@ from google.protobuf import duration_pb2
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
-from pando.errors import FieldViolation, InvalidRequest, PandoError, error_type
+from pando.errors import FieldViolation, InvalidRequest, PandoError, Unavailable, Unsupported, error_type
 from pando.v1 import inference_pb2 as pb
 from pando.v1 import prefixes_pb2
 
@@ -267,17 +267,21 @@ def prefix(message: prefixes_pb2.Prefix) -> Prefix:
 
 
 @contextmanager
-def typed_errors() -> Iterator[None]:
-    """Turn a gRPC failure inside into the `pando.errors` type of its code."""
+def typed_errors(target: str) -> Iterator[None]:
+    """Turn a gRPC failure of a call to `target` inside into the `pando.errors` type of its code."""
     try:
         yield
     except grpc.RpcError as error:
-        raise pando_error(error) from None
+        raise pando_error(error, target) from None
 
 
-def pando_error(error: Any) -> PandoError:
+def pando_error(error: Any, target: str) -> PandoError:
     """The typed error of a failed call, from its code, its details and its trailing metadata."""
     details = _details(error)
+    if is_unknown_method(error):
+        return Unsupported(f"{target} does not serve this: it is not the gRPC port of a router")
+    if not details.details and error.code() is grpc.StatusCode.UNAVAILABLE:
+        return Unavailable(_without_connection(error.details() or "", target))
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     bad, quota = error_details_pb2.BadRequest(), error_details_pb2.QuotaFailure()
     retry_after_s: float | None = None
@@ -296,6 +300,18 @@ def pando_error(error: Any) -> PandoError:
         retry_after_s=retry_after_s,
         error_id=info.metadata.get("error_id", ""),
     )
+
+
+def is_unknown_method(error: Any) -> bool:
+    """Whether the server at the other end has no such method: gRPC's own words, of which there is no code."""
+    return error.code() is grpc.StatusCode.UNIMPLEMENTED and error.details() in ("Method not found!", "unknown service")
+
+
+def _without_connection(words: str, target: str) -> str:
+    """What gRPC found about a connection, for people: it was never there, or it broke."""
+    if "failed to connect" in words or "DNS resolution failed" in words or "name resolution" in words.lower():
+        return f"nothing answers at {target}"
+    return f"the connection to {target} was lost"
 
 
 def _details(error: Any) -> status_pb2.Status:

@@ -6,6 +6,7 @@ Knows nothing of what the settings do. An unknown key, from wherever it comes, i
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import os
 import tomllib
 import typing
@@ -29,9 +30,14 @@ class FleetSettings:
     """What router and worker must agree on."""
 
     model: str = option("pando-tiny", "model folder, 'pando-tiny', or a Hugging Face hub id")
-    redis: str = option("", "Redis URL; empty starts one of our own where the command allows it")
+    redis: str = option("", "Redis URL; empty starts one of our own where the command allows it", secret=True)
     cluster: str = option("pando", "name of the fleet: the namespace of its keys in Redis and of its Ray actors")
     block_size: int = option(16, "token positions in a KV block")
+    link_token: str = option("", "bearer token of the workers' ports; needed off loopback", secret=True)
+
+    def __post_init__(self) -> None:
+        if not (self.link_token.isascii() and self.link_token.isprintable()) or " " in self.link_token:
+            raise ConfigError("the link token must be printable ASCII without spaces")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +153,16 @@ def secrets(settings: Any) -> dict[str, str]:
         for f in dataclasses.fields(settings)
         if f.metadata["secret"] and getattr(settings, f.name)
     }
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _read_toml(path: Path) -> dict[str, object]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import logging
 import secrets
 import time
@@ -18,6 +17,7 @@ from typing import Protocol
 
 from kvstore.scope import TenantId
 from pando.errors import ConfigError, InvalidRequest, Unauthenticated
+from pando.settings import is_loopback
 from router.tenants import AUDIENCES, Tenant, is_tenant_name, read_tenants
 
 Metadata = Iterable[tuple[str, str | bytes]]
@@ -47,6 +47,12 @@ def make_key() -> tuple[str, str]:
     return key, key_hash(key)
 
 
+def check_tenant_name(name: str) -> None:
+    """Raise `ConfigError` for what cannot be the name of a tenant."""
+    if not is_tenant_name(name):
+        raise ConfigError(f"tenant name '{name}' is not up to 64 letters, digits, '.', '_' or '-'")
+
+
 def key_hash(key: str) -> str:
     """How a key is written in the tenants file."""
     return f"sha256:{_digest(key).hex()}"
@@ -71,16 +77,6 @@ def require_admin(admin_key: str, metadata: Metadata) -> None:
     """Let a call to the admin port pass, or raise `Unauthenticated`. An empty key lets every call pass."""
     if admin_key and not hmac.compare_digest(_digest(_bearer(metadata)), _digest(admin_key)):
         raise Unauthenticated("the admin key is not valid")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class NamedTenants:

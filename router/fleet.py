@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePath
@@ -80,7 +80,7 @@ class Fleet:
         block_size: int,
         policy: Policy = "cost",
         clock: Clock = time.monotonic,
-        link_type: type[WorkerLink] = WorkerLink,
+        link_type: Callable[..., WorkerLink] = WorkerLink,
     ) -> None:
         self._mirror = mirror
         self._index = index

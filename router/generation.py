@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 from kvstore.scope import TenantId
-from pando.errors import InternalError
+from pando.errors import DeadlineExceeded, InternalError, PandoError, Unavailable
 from router.admission import Admission
 from router.dispatch import AdmissionReport, SamplingChoice, TokenDelta, TokenRequest
 from router.metrics import Metrics, Spent
@@ -25,6 +25,9 @@ from router.tenants import Tenant
 from router.text_answer import TextAnswer
 from router.tokenizer import Tokenizer
 from router.validation import Checked, fit_max_tokens
+
+# Errors that are Pando's to answer for; every other kind is the caller's mistake, or a limit.
+_FAILURES = (InternalError, Unavailable, DeadlineExceeded)
 
 
 class TokenSource(Protocol):
@@ -164,13 +167,16 @@ class Generation:
 
     @contextmanager
     def _counted(self, tenant: TenantId, deadline: float) -> Iterator[None]:
-        """Count the call, and its failure; a client that goes away is no failure, a deadline that passes is."""
+        """Count the call and how it ended; a client that goes away is no failure, a deadline that passes is."""
         self._metrics.begin(tenant)
         try:
             yield
-        except asyncio.CancelledError:
-            if self._clock() >= deadline:
-                self._metrics.fail(tenant)
+        except (asyncio.CancelledError, GeneratorExit):
+            late = self._clock() >= deadline
+            (self._metrics.fail if late else self._metrics.cancel)(tenant)
+            raise
+        except PandoError as error:
+            (self._metrics.fail if isinstance(error, _FAILURES) else self._metrics.refuse)(tenant)
             raise
         except Exception:
             self._metrics.fail(tenant)

@@ -16,6 +16,7 @@ from router.interceptors import Call, RawCheck
 from router.model_card import ModelCard
 from router.tokenizer import Tokenizer
 from router.validation import (
+    check_length,
     check_messages,
     check_model,
     check_request,
@@ -89,6 +90,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Detokenize(self, request: pb.DetokenizeRequest, call: Call) -> pb.DetokenizeResponse:
         card = self._card()
         check_model(request.model, card)
+        check_length("token_ids", request.token_ids, card.context_length, card)
         check_token_ids("token_ids", request.token_ids, card)
         return pb.DetokenizeResponse(text=await self._tokenizer.decode(array("I", request.token_ids)))
 

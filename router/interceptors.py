@@ -27,6 +27,8 @@ DOMAIN = "pando"
 FIRST_MESSAGE_S = 5.0
 SLOW_READER_S = 30.0
 OWN_PREFIX = "/pando."
+# What the router has waited for itself: a client that follows its retry policy would only wait as long again.
+WAITED_FOR = frozenset({"NO_WORKER"})
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +133,7 @@ class Gate(grpc.aio.ServerInterceptor):
         """Run a handler of any of the four kinds over raw bytes."""
         messages = self._messages(handler, method, context)
         serialize = handler.response_serializer
-        request = messages if handler.request_streaming else await anext(messages)
+        request = messages if handler.request_streaming else await self._only(messages, context)
         if handler.request_streaming:
             answer = (handler.stream_stream if handler.response_streaming else handler.stream_unary)(request, call)
         else:
@@ -167,17 +169,27 @@ class Gate(grpc.aio.ServerInterceptor):
             yield _parse(handler.request_deserializer, raw)
             raw = await context.read()
 
+    async def _only(self, messages: AsyncIterator[Any], context: Context) -> Any:
+        """The message of a call that has one: the client says with it, or soon after, that no other follows."""
+        message = await anext(messages)
+        if await self._read(context, "the call did not end after its message") is not grpc.aio.EOF:
+            raise InvalidRequest("the call has more than one message", reason="TOO_MANY_MESSAGES")
+        return message
+
     async def _first(self, context: Context) -> Any:
-        try:
-            async with asyncio.timeout(self._limits.first_message_s) as scope:
-                raw = await context.read()
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            raise DeadlineExceeded("no message came", reason="NO_MESSAGE") from None
+        raw = await self._read(context, "no message came")
         if raw is grpc.aio.EOF:
             raise InvalidRequest("the call has no message", reason="NO_MESSAGE")
         return raw
+
+    async def _read(self, context: Context, too_late: str) -> Any:
+        try:
+            async with asyncio.timeout(self._limits.first_message_s) as scope:
+                return await context.read()
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise DeadlineExceeded(too_late, reason="NO_MESSAGE") from None
 
 
 def error_metadata(error: PandoError) -> tuple[tuple[str, str | bytes], ...]:
@@ -191,7 +203,7 @@ def error_metadata(error: PandoError) -> tuple[tuple[str, str | bytes], ...]:
     delay = duration_pb2.Duration()
     delay.FromMilliseconds(int(error.retry_after_s * 1000))
     _add_detail(details, error_details_pb2.RetryInfo(retry_delay=delay))
-    pushback = str(int(error.retry_after_s * 1000))
+    pushback = "-1" if error.reason in WAITED_FOR else str(int(error.retry_after_s * 1000))
     return (("grpc-status-details-bin", details.SerializeToString()), ("grpc-retry-pushback-ms", pushback))
 
 

@@ -5,11 +5,12 @@ Knows no request. Invariant: the number of label values is bounded; tenants past
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from kvstore.scope import TenantId
@@ -62,7 +63,9 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._calls = Counter("pando_router_calls", "gRPC calls", ["method", "code"], registry=self.registry)
         self._requests = Counter("pando_router_requests", "Requests begun", ["tenant"], registry=self.registry)
-        self._failed = Counter("pando_router_requests_failed", "Of these, failed", ["tenant"], registry=self.registry)
+        self._failed = self._ended("failed", "Of these, failed by Pando or out of time")
+        self._refused = self._ended("refused", "Of these, refused: the caller's mistake, or a limit")
+        self._cancelled = self._ended("cancelled", "Of these, taken back by the caller")
         self._tokens = Counter(
             "pando_router_tokens",
             "Tokens of finished requests: computed and cached of the prompt, completion",
@@ -80,6 +83,9 @@ class Metrics:
             registry=self.registry,
         )
 
+        ProcessCollector(registry=self.registry)
+        self.gauge("tasks", "Tasks of the event loop", lambda: len(asyncio.all_tasks()))
+
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         """A value that is read when the metrics are."""
         Gauge(f"pando_router_{name}", text, registry=self.registry).set_function(read)
@@ -95,10 +101,18 @@ class Metrics:
         self._requests.labels(self._label(tenant)).inc()
 
     def fail(self, tenant: TenantId) -> None:
-        """It failed."""
+        """It failed, and not by its caller's doing."""
         self.total.failed += 1
         self._tally(tenant).failed += 1
         self._failed.labels(self._label(tenant)).inc()
+
+    def refuse(self, tenant: TenantId) -> None:
+        """It was refused: its caller's mistake, or more than a limit."""
+        self._refused.labels(self._label(tenant)).inc()
+
+    def cancel(self, tenant: TenantId) -> None:
+        """Its caller went away or took it back."""
+        self._cancelled.labels(self._label(tenant)).inc()
 
     def first_token(self, seconds: float) -> None:
         """It gave its first token."""
@@ -124,6 +138,9 @@ class Metrics:
     def exposition(self) -> tuple[bytes, str]:
         """What Prometheus reads, and its content type."""
         return bytes(generate_latest(self.registry)), CONTENT_TYPE_LATEST  # type: ignore[no-untyped-call]
+
+    def _ended(self, how: str, text: str) -> Counter:
+        return Counter(f"pando_router_requests_{how}", text, ["tenant"], registry=self.registry)
 
     def _tally(self, tenant: TenantId) -> Tally:
         return self.tenants.setdefault(self._label(tenant), Tally())

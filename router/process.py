@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
-from urllib.parse import urlsplit
 
 import grpc
 import redis.asyncio
@@ -25,6 +25,7 @@ from redis.backoff import NoBackoff
 
 from kvstore.memory_index import MemoryIndex
 from kvstore.mirror import Mirror
+from kvstore.redis_url import described
 from pando.errors import ConfigError
 from pando.model_folder import resolve_model
 from pando.settings import RouterSettings
@@ -57,6 +58,7 @@ from router.server import (
 )
 from router.sharing import PrefixSharing
 from router.tokenizer import Tokenizer
+from router.worker_link import WorkerLink
 
 GRACE_S = 5.0
 REDIS_START_S = 2.0
@@ -138,6 +140,7 @@ class RouterProcess:
         )
         _add_gauges(metrics, view)
         metrics.gauge("published_prefixes", "Published prefixes", lambda: len(sharing.catalog))
+        metrics.gauge("reserved", "Requests that hold a place at a worker", lambda: fleet.num_reserved)
         health = HealthService(lambda: fleet.ready, (INFERENCE, PREFIXES))
         options = ServerOptions(
             GateLimits(settings.max_request_s), settings.max_message_bytes, settings.reflection == "on"
@@ -167,6 +170,7 @@ class RouterProcess:
             model=settings.model,
             block_size=settings.block_size,
             policy=cast(Policy, settings.placement),
+            link_type=partial(WorkerLink, token=settings.link_token),
         )
         await mirror.start()
         self._parts.push_async_callback(mirror.stop)
@@ -265,7 +269,7 @@ class SecretClaim:
             agreed = await self._claim()
         except redis.RedisError as error:
             if waited_s > REDIS_START_S:
-                raise ConfigError(f"cannot reach Redis at {_without_credentials(self._url)}") from error
+                raise ConfigError(described(error, self._url)) from error
             return False
         if not agreed and waited_s > SECRET_TTL_MS / 1000 + 0.5:
             raise ConfigError("another router of this cluster has another cluster secret: set PANDO_CLUSTER_SECRET")
@@ -298,12 +302,7 @@ def _redis_client(url: str) -> redis.asyncio.Redis:
             url, socket_timeout=1.0, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0)
         )
     except ValueError as error:
-        raise ConfigError("the Redis URL is not one: redis://HOST:PORT/DB") from error
-
-
-def _without_credentials(url: str) -> str:
-    parts = urlsplit(url)
-    return f"{parts.hostname or ''}{f':{parts.port}' if parts.port else ''}{parts.path}"
+        raise ConfigError(described(error, url)) from error
 
 
 def _add_gauges(metrics: Metrics, view: RouterView) -> None:

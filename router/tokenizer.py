@@ -87,6 +87,7 @@ class Tokenizer:
         self._template: ChatTemplate | None = read_chat_template(folder, config)
         self._bytes = token_bytes(self._file.get_vocab(with_added_tokens=False), added, described.get("decoder"))
         self._bos = self._bos_rule(config)
+        self._max_tokens = max_tokens
         self._max_bytes = max_tokens * _SHRINK * max((len(piece) for piece in self._bytes.pieces), default=1)
         self._threads = ThreadPoolExecutor(max(1, threads), thread_name_prefix="tokenizer")
 
@@ -150,6 +151,11 @@ class Tokenizer:
     def _ids(self, text: str, *, specials: bool) -> array[int]:
         # The batch call lets go of the interpreter lock while it works, the single one does not.
         [encoding] = self._file.encode_batch_fast([text], add_special_tokens=specials)
+        if len(encoding) > self._max_tokens:  # said before the ids, which may be millions, become Python's
+            raise InvalidRequest(
+                f"the prompt has {len(encoding)} tokens and the model's context {self._max_tokens}",
+                reason="CONTEXT_LENGTH",
+            )
         return array("I", encoding.ids)
 
     def _bos_rule(self, config: dict[str, Any]) -> int | bool | None:

@@ -121,6 +121,12 @@ def check_messages(chat: pb.Chat) -> tuple[ChatMessage, ...]:
     return tuple(ChatMessage(message.role, message.content) for message in chat.messages)
 
 
+def check_length(field: str, ids: Sequence[int], most: int, card: ModelCard) -> None:
+    """Raise for more than `most` ids, before any of them is looked at: a message can hold millions."""
+    if len(ids) > most:
+        raise wrong(field, f"do not fit a context of {card.context_length}", reason="CONTEXT_LENGTH")
+
+
 def check_token_ids(field: str, ids: Sequence[int], card: ModelCard) -> None:
     """Raise, with its index, for the first id outside the vocabulary."""
     if ids and not (min(ids) >= 0 and max(ids) < card.vocab_size):
@@ -168,8 +174,7 @@ def _prompt(request: pb.GenerateRequest, card: ModelCard) -> Prompt:
         ids = request.token_ids.ids
         if not ids:
             raise wrong("token_ids", "is empty", reason="EMPTY_PROMPT")
-        if len(ids) >= card.context_length:
-            raise wrong("token_ids", f"do not fit a context of {card.context_length}", reason="CONTEXT_LENGTH")
+        check_length("token_ids", ids, card.context_length - 1, card)
         check_token_ids("token_ids.ids", ids, card)
         return array("I", ids)
     raise wrong("prompt", "must be exactly one of text, token_ids and chat")

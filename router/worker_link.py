@@ -101,6 +101,7 @@ class WorkerLink:
         *,
         router: str,
         expected: WorkerHello,
+        token: str = "",
         on_change: Callable[[], None] = lambda: None,
         rng: random.Random | None = None,
     ) -> None:
@@ -111,6 +112,7 @@ class WorkerLink:
         self.reason = "connecting"
         self._router = router
         self._expected = expected
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._on_change = on_change
         self._rng = rng or random.Random()
         self._sequences = itertools.count(1)
@@ -187,7 +189,7 @@ class WorkerLink:
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             try:
                 stub = worker_pb2_grpc.WorkerLinkStub(channel)
-                messages = aiter(stub.Session(self._messages()))
+                messages = aiter(stub.Session(self._messages(), metadata=self._metadata))
                 await self._greet(messages)
                 was_live = True
                 async for message in messages:
@@ -270,6 +272,6 @@ class _Stranger(Exception):
 
 
 def _reason(error: grpc.aio.AioRpcError) -> str:
-    if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+    if error.code() in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAUTHENTICATED):
         return "refused by the worker: " + (error.details() or "")
     return f"no session: {error.code().name}"

@@ -22,6 +22,7 @@ from pando.model_folder import resolve_model
 from pando.settings import WorkerSettings
 from worker import kv_cache, sampler
 from worker.batch import Batch, BlockCopy
+from worker.checks import check_length
 from worker.cpu_tier import CpuTier
 from worker.models.config import ModelConfig, read_config, with_window
 from worker.models.decoder import Decoder, load_decoder
@@ -297,9 +298,9 @@ def _max_model_len(settings: WorkerSettings, config: ModelConfig, num_blocks: in
     if settings.window:
         kept = settings.window + settings.sinks + 2 * settings.block_size
         if room < kept:
-            raise ConfigError(f"window and sinks need {kept} token positions of KV and the pool has {room}")
+            raise ConfigError(f"--window and --sinks need {kept} token positions of KV and the pool has {room}")
         return settings.max_model_len or ENDLESS
-    most = min(config.max_positions, room)
-    if settings.max_model_len > most:
-        raise ConfigError(f"max_model_len {settings.max_model_len} is more than the {most} tokens of model and KV pool")
-    return settings.max_model_len or most
+    check_length(settings, config.max_positions)
+    if settings.max_model_len > room:
+        raise ConfigError(f"--max-model-len {settings.max_model_len} is over the {room} positions of the KV pool")
+    return settings.max_model_len or min(config.max_positions, room)

@@ -21,11 +21,14 @@ from kvstore.block_key import key_fingerprint
 from kvstore.block_pool import BlockPool
 from kvstore.lease import Fenced, Lease, LeaseKeeper, connect, take_epoch
 from kvstore.redis_index import RedisIndexWriter
+from kvstore.redis_url import why_no_answer
 from pando.errors import ConfigError
 from pando.settings import WorkerSettings
 from worker.admission import SchedulerLimits
+from worker.checks import check_settings
 from worker.engine import Engine, StepReport
 from worker.holdings import Holdings
+from worker.link_guard import check_link_token
 from worker.metrics import StepMetrics
 from worker.offload import Offload
 from worker.publisher import Publisher
@@ -108,7 +111,8 @@ class WorkerProcess:
 
     def _start(self) -> WorkerReady:
         settings = self._settings
-        _check(settings)
+        check_settings(settings)
+        check_link_token(settings.link_token, settings.host)
         self._redis = _connect(settings)
         self._runner = _load_runner(settings)
         spec = self._runner.spec
@@ -129,7 +133,7 @@ class WorkerProcess:
         )
         self._loop = _LoopThread()
         identity = _identity(settings, spec, epoch)
-        self._server = self._loop.call(_make_server(self._engine, identity))
+        self._server = self._loop.call(_make_server(self._engine, identity, settings.link_token))
         self._engine.start()
         address = self._loop.call(self._server.start(settings.host, settings.worker_port))
         if self._redis is not None:
@@ -197,33 +201,18 @@ async def _cancel_all() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _make_server(engine: Engine, identity: WorkerIdentity) -> LinkServer:
-    return LinkServer(engine, identity)
-
-
-def _check(settings: WorkerSettings) -> None:
-    for name in ("block_size", "max_batch_tokens", "max_sequences"):
-        if getattr(settings, name) < 1:
-            raise ConfigError(f"{name} must be 1 or more")
-    if settings.redis and not 0 < settings.heartbeat_s < settings.lease_ttl_s:
-        raise ConfigError("heartbeat_s must be above 0 and below lease_ttl_s")
-    for name in ("cpu_blocks", "window", "sinks"):
-        if getattr(settings, name) < 0:
-            raise ConfigError(f"{name} must be 0 or more")
-    if settings.sinks and not settings.window:
-        raise ConfigError("sinks are kept beside a window: --sinks needs --window")
+async def _make_server(engine: Engine, identity: WorkerIdentity, token: str) -> LinkServer:
+    return LinkServer(engine, identity, token=token)
 
 
 def _connect(settings: WorkerSettings) -> redis.Redis | None:
     """A client of a Redis that answers; None where the settings name no Redis."""
     if not settings.redis:
         return None
-    try:
-        client = connect(settings.redis, timeout_s=min(1.0, settings.lease_ttl_s / 2))
-        client.ping()
-    except (redis.RedisError, ValueError) as error:
-        raise ConfigError(f"cannot reach Redis at {_without_password(settings.redis)}") from error
-    return client
+    timeout_s = min(1.0, settings.lease_ttl_s / 2)
+    if reason := why_no_answer(settings.redis, timeout_s):
+        raise ConfigError(reason)
+    return connect(settings.redis, timeout_s=timeout_s)
 
 
 def _take_epoch(client: redis.Redis | None, settings: WorkerSettings) -> int:
@@ -234,11 +223,6 @@ def _take_epoch(client: redis.Redis | None, settings: WorkerSettings) -> int:
         return take_epoch(client, settings.cluster, settings.worker_id)
     except redis.RedisError as error:
         raise ConfigError(f"cannot take an epoch for worker {settings.worker_id} in Redis") from error
-
-
-def _without_password(url: str) -> str:
-    scheme, _, rest = url.rpartition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
 
 
 def _load_runner(settings: WorkerSettings) -> Runner:

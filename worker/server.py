@@ -22,6 +22,7 @@ from pando.errors import ConfigError, InvalidRequest
 from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
 from worker.engine import Engine, EngineStopped, Load, StepReport
+from worker.link_guard import LinkGuard
 from worker.link_messages import pin_request, purge_roots, sequence_request, worker_messages
 from worker.sequence import Finish, SequenceOutput
 from worker.session import Attempt, RouterSession
@@ -75,11 +76,12 @@ class _Origin:
 class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
     """Serves `WorkerLink` and health. `deliver` is for the engine's thread, the rest for the loop's."""
 
-    def __init__(self, engine: Engine, identity: WorkerIdentity) -> None:
+    def __init__(self, engine: Engine, identity: WorkerIdentity, *, token: str = "") -> None:
+        """`token` is asked of every caller; without one anybody may call."""
         self._engine = engine
         self._identity = identity
         self._loop = asyncio.get_running_loop()
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[LinkGuard(token)])
         self._health = health.aio.HealthServicer()
         self._sessions: set[RouterSession] = set()
         self._origins: dict[int, _Origin] = {}

@@ -160,7 +160,7 @@ def _max_model_len(settings: WorkerSettings, config: dict[str, Any]) -> int:
     if settings.window:
         return settings.max_model_len or ENDLESS
     if settings.max_model_len > own:
-        raise ConfigError(f"max_model_len {settings.max_model_len} is over the model's own {own}")
+        raise ConfigError(f"--max-model-len {settings.max_model_len} is over the model's own {own}")
     return settings.max_model_len or own
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -93,11 +94,14 @@ def write(folder: Path, model: Llama, tokenizer: Tokenizer, record: Mapping[str,
 
 
 def read(folder: Path) -> tuple[Llama, Tokenizer]:
-    """The model in float32 with the weights as written, and its tokenizer."""
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    model = Llama(Shape(**{name: config[name] for name in Shape.__dataclass_fields__}))
-    weights: dict[str, Tensor] = load_file(folder / "model.safetensors")
-    model.load_state_dict({name: value.float() for name, value in weights.items()})
+    """The model in float32 with the weights as written, and its tokenizer; `ConfigError` if it is not one of ours."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        model = Llama(Shape(**{name: config[name] for name in Shape.__dataclass_fields__}))
+        weights: dict[str, Tensor] = load_file(folder / "model.safetensors")
+        model.load_state_dict({name: value.float() for name, value in weights.items()})
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{folder} is no checkpoint that this script wrote") from error
     return model.eval(), read_tokenizer(folder)
 
 
@@ -130,7 +134,8 @@ def _json_files(shape: Shape, tokenizer: Tokenizer) -> dict[str, dict[str, objec
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    generation = {**ids, "do_sample": False}  # so small a model says most sense when it says what is likeliest
     return {"config.json": config, "tokenizer_config.json": tokenizer_config, "generation_config.json": generation}
 
 

@@ -7,6 +7,7 @@ With --steps the learning rate follows the steps; with --minutes it follows the 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import platform
 import sys
@@ -31,11 +32,25 @@ VOCAB_SIZE = 2048
 _STEP_TOKENS = 2048
 _SHORT, _MIDDLE = 256, 512
 _LONG = (2048, 8192, 4096)
-_PEAK_RATE, _LAST_RATE, _WARMUP_STEPS = 5e-3, 0.02, 60
+_EXTENDING = (512, 1024, 2048, 4096, 512, 1024, 2048, 8192)
+_LAST_RATE = 0.02  # of the peak
 _MUON_RATE = 2.0  # times the rate of AdamW
 _HELD_OUT = 50  # one document in this many is kept from training
 _FEWEST_TOKENS = 1000
 _REPORT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Learning rate and kind of sequences: from nothing, or from a checkpoint that is to learn longer ones."""
+
+    peak_rate: float
+    warmup_steps: int
+    extending: bool
+
+
+FROM_NOTHING = Stage(5e-3, 60, extending=False)
+FROM_CHECKPOINT = Stage(1e-3, 20, extending=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +65,11 @@ class Plan:
     threads: int
     seed: int
     precision: str
+    start: Path | None
+
+    @property
+    def stage(self) -> Stage:
+        return FROM_NOTHING if self.start is None else FROM_CHECKPOINT
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +100,8 @@ def run(plan: Plan) -> None:
     torch.manual_seed(plan.seed)
     documents = gather(plan.library, plan.seed)
     tokenizer = _tokenizer(plan, documents)
+    model, before = _model(plan, tokenizer), _record_of(plan.start)
     streams = tokenize(documents, tokenizer, plan.seed)
-    model = Llama(Shape(vocab_size=tokenizer.get_vocab_size()))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{len(documents):,} documents, {len(streams.training):,} training tokens, {parameters:,} parameters")
     bfloat16 = faster_in_bfloat16(model) if plan.precision == "auto" else plan.precision == "bfloat16"
@@ -93,6 +113,7 @@ def run(plan: Plan) -> None:
         "parameters": parameters,
         "training_tokens": len(streams.training),
         "seed": plan.seed,
+        "before": before,
         "precision": "bfloat16 autocast" if bfloat16 else "float32",
         "shape": asdict(model.shape),
         "python": platform.python_version(),
@@ -129,11 +150,11 @@ def train(model: Llama, stream: Tensor, plan: Plan, bfloat16: bool) -> tuple[int
     progress = Progress(plan, time.monotonic)
     step = 0
     while (done := progress.fraction(step)) < 1.0:
-        rate = learning_rate(step, done)
+        rate = learning_rate(plan.stage, step, done)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["relative_rate"]
-        inputs, targets = sample(stream, sequence_length(step, done), choose)
+        inputs, targets = sample(stream, sequence_length(plan.stage, step, done), choose)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
             logits = model(inputs)
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
@@ -147,14 +168,16 @@ def train(model: Llama, stream: Tensor, plan: Plan, bfloat16: bool) -> tuple[int
     return step, progress.elapsed()
 
 
-def learning_rate(step: int, done: float) -> float:
+def learning_rate(stage: Stage, step: int, done: float) -> float:
     """Warm-up, then a cosine from the peak down to its fiftieth at `done` = 1."""
     cosine = _LAST_RATE + (1 - _LAST_RATE) * 0.5 * (1 + math.cos(math.pi * done))
-    return _PEAK_RATE * cosine * min(1.0, (step + 1) / _WARMUP_STEPS)
+    return stage.peak_rate * cosine * min(1.0, (step + 1) / stage.warmup_steps)
 
 
-def sequence_length(step: int, done: float) -> int:
+def sequence_length(stage: Stage, step: int, done: float) -> int:
     """Short sequences first, longer ones later, and now and then the longest, more often near the end."""
+    if stage.extending:
+        return _EXTENDING[step % len(_EXTENDING)]
     every = 60 if done < 0.85 else 12
     if done >= 0.3 and step % every == 0:
         return _LONG[(step // every) % len(_LONG)]
@@ -241,6 +264,7 @@ def parse(argv: Sequence[str] | None) -> Plan:
     add("--seed", type=int, default=0, help="seed of weights, order and sampling")
     add("--library", type=Path, default=STANDARD_LIBRARY, help="folder of Python sources to learn from")
     add("--tokenizer", type=Path, help="folder of a checkpoint whose tokenizer is kept; otherwise one is trained")
+    add("--start", type=Path, help="folder of our own checkpoint to go on from, with longer sequences")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto measures which is faster")
     given = parser.parse_args(argv)
     if given.minutes is not None and given.steps is not None:
@@ -250,14 +274,33 @@ def parse(argv: Sequence[str] | None) -> Plan:
     for name in ("minutes", "steps", "threads"):
         if getattr(given, name) is not None and not 0 < getattr(given, name) < math.inf:
             raise ConfigError(f"--{name} must be more than 0")
+    if given.start is not None and given.tokenizer is not None:
+        raise ConfigError("give --start or --tokenizer, not both")
     if not given.library.is_dir():
         raise ConfigError(f"no folder {given.library}")
     return Plan(**vars(given))
 
 
+def _model(plan: Plan, tokenizer: Tokenizer) -> Llama:
+    if plan.start is None:
+        return Llama(Shape(vocab_size=tokenizer.get_vocab_size()))
+    return checkpoint.read(plan.start)[0].train()
+
+
+def _record_of(start: Path | None) -> object:
+    """How the checkpoint that this run began with was trained, where it says."""
+    if start is None or not (start / "training.json").is_file():
+        return None
+    try:
+        return json.loads((start / "training.json").read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{start / 'training.json'} is not JSON") from error
+
+
 def _tokenizer(plan: Plan, documents: Sequence[Document]) -> Tokenizer:
-    if plan.tokenizer is not None:
-        return checkpoint.read_tokenizer(plan.tokenizer)
+    kept = plan.start or plan.tokenizer
+    if kept is not None:
+        return checkpoint.read_tokenizer(kept)
     return checkpoint.train_tokenizer((document.text for document in documents), VOCAB_SIZE)
 
 
@@ -268,8 +311,8 @@ def _optimizers(model: Llama) -> list[torch.optim.Optimizer]:
     muon = [{"params": matrices, "relative_rate": _MUON_RATE}]
     adamw = [{"params": rest, "relative_rate": 1.0}]
     return [
-        torch.optim.Muon(muon, lr=_PEAK_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(adamw, lr=_PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+        torch.optim.Muon(muon, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(adamw, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 
 

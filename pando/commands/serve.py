@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from control.stack import Running
 
 _TEND_EVERY_S = 1.0
+_PROMPT = "Return a list of"  # the built-in model knows Python's documentation
 
 
 def add_up(parser: argparse.ArgumentParser) -> None:
@@ -123,37 +125,44 @@ def _up(settings: UpSettings, out: TextIO, *, as_json: bool) -> int:
         if as_json:
             print(json.dumps(running.to_json()), file=out, flush=True)
         else:
-            _greet(running, time.monotonic() - began, out)
+            print("\n".join(greeting(settings, running, time.monotonic() - began)), file=out, flush=True)
         return _until_interrupted(stack.tend)
     finally:
         stack.stop()
 
 
-def _greet(running: Running, seconds: float, out: TextIO) -> None:
+def greeting(settings: UpSettings, running: Running, seconds: float) -> list[str]:
+    """What a person reads when all is up: where it listens, and lines to paste into another shell."""
     target = running.grpc.replace("0.0.0.0", "127.0.0.1")
-    request = json.dumps({"text": "Once upon a time", "sampling": {"max_tokens": 32}})
-    lines = (
-        f"ready after {seconds:.1f} s: gRPC on {running.grpc}, HTTP on {running.http}, admin on {running.admin}",
+    where = f"gRPC on {running.grpc}, HTTP on {running.http}, admin on {running.admin}"
+    key = " --api-key KEY" if settings.tenants else ""
+    lines = [
+        f"ready after {seconds:.1f} s: {where}",
         "",
-        f'  pando generate "Once upon a time" --max-tokens 32 --target {target}',
-        f"  grpcurl -plaintext -d {shlex.quote(request)} {target} pando.v1.Inference/GenerateStream",
-        "",
-        "Ctrl-C ends everything.",
-    )
-    print("\n".join(lines), file=out, flush=True)
+        f"  {program()} generate {shlex.quote(_PROMPT)} --max-tokens 32 --target {target}{key}",
+    ]
+    if settings.reflection == "on":
+        request = shlex.quote(json.dumps({"text": _PROMPT, "sampling": {"max_tokens": 32}}))
+        header = " -H 'authorization: Bearer KEY'" if settings.tenants else ""
+        lines.append(f"  grpcurl -plaintext{header} -d {request} {target} pando.v1.Inference/GenerateStream")
+    return [*lines, "", "Ctrl-C ends everything."]
+
+
+def program() -> str:
+    """How a shell starts this program: `pando` if that is it, else as it was started."""
+    started = sys.argv[0]
+    if os.path.basename(started) == "cli.py":
+        return shlex.join([sys.executable, "-m", "pando.cli"])
+    found = shutil.which("pando")
+    if found and os.path.exists(started) and os.path.samefile(found, started):
+        return "pando"
+    return shlex.quote(started)
 
 
 def _workers(settings: CrewSettings, out: TextIO, *, as_json: bool) -> int:
-    from control.redis_server import check_reachable
-    from pando.model_folder import resolve_model
+    from control.checks import check_workers
 
-    if settings.workers < 1:
-        raise ConfigError("--workers must be at least 1")
-    if not settings.redis:
-        raise ConfigError("--redis URL is needed: routers find these workers through it")
-    check_reachable(settings.redis)
-    if not settings.ray:
-        resolve_model(settings.model)
+    check_workers(settings)
     return _keep_workers(settings, out, as_json=as_json)
 
 

@@ -24,6 +24,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import pando
 from kvstore.block import WorkerId
+from pando.admin_client import AdminClient
 from pando.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -34,6 +35,7 @@ from pando.errors import (
     ResourceExhausted,
     Unauthenticated,
     Unavailable,
+    Unsupported,
 )
 from pando.model_folder import resolve_model
 from pando.v1 import admin_pb2, admin_pb2_grpc, prefixes_pb2
@@ -384,6 +386,15 @@ async def test_chat_tokenize_detokenize_and_models(house: House) -> None:
 
 
 @pytest.mark.asyncio
+async def test_more_ids_than_the_context_are_refused_unread(house: House) -> None:
+    async with house.client() as client:
+        assert await client.detokenize([5] * 8192)
+        with pytest.raises(InvalidRequest) as caught:
+            await client.detokenize([2**30] * 8193)
+    assert caught.value.reason == "CONTEXT_LENGTH"
+
+
+@pytest.mark.asyncio
 async def test_a_prefix_is_computed_on_its_homes_before_it_is_answered(house: House) -> None:
     async with house.client(tenant="a") as client:
         published = await client.publish_prefix(text="x" * 100, scope="public", warm=True, ttl_s=60, name="xs")
@@ -575,6 +586,15 @@ async def test_a_call_without_a_message(house: House, method: str) -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+async def test_a_call_with_two_messages(house: House, method: str) -> None:
+    async with house.raw(f"/pando.v1.Inference/{method}", "stream_stream") as call:
+        twice = call(iter([TEXT, TEXT]), timeout=10)
+        assert await twice.code() is C.INVALID_ARGUMENT
+    assert not house.fleet.requests
+
+
+@pytest.mark.asyncio
 async def test_silent_calls_lock_nobody_out(house: House) -> None:
     async with house.raw("/pando.v1.Inference/Generate", "stream_stream") as call, house.client() as client:
         silent = [call(timeout=10) for _ in range(200)]
@@ -593,6 +613,7 @@ async def test_a_defect_is_contained_and_told_by_id(house: House, caplog: pytest
     assert refusal.code is C.INTERNAL
     error_id = refusal.detail(error_details_pb2.ErrorInfo).metadata["error_id"]
     assert error_id and refusal.words == f"internal error {error_id}"
+    assert house.metrics.total.failed == 1
     assert error_id in caplog.text and "ValueError" in caplog.text and "test_api.py" in caplog.text
     assert SECRET not in caplog.text
     house.fleet.error = None
@@ -628,6 +649,23 @@ async def test_a_request_without_a_worker_is_retried_by_the_client(house: House)
     async with house.client() as client:
         assert (await client.generate(text="x", max_tokens=2)).text
     assert len(house.fleet.requests) == 3
+
+
+@pytest.mark.asyncio
+async def test_what_the_router_waited_for_is_not_waited_for_again(house: House) -> None:
+    async def nobody(request: TokenRequest) -> AsyncIterator[TokenDelta]:
+        house.fleet.requests.append(request)
+        raise Unavailable("no worker is ready", reason="NO_WORKER", retry_after_s=0.01)
+        yield
+
+    house.fleet.stream = nobody  # type: ignore[method-assign]
+    async with house.client() as client:
+        with pytest.raises(Unavailable) as caught:
+            await client.generate(text="x")
+        assert (caught.value.reason, caught.value.retry_after_s) == ("NO_WORKER", 0.01)
+        with pytest.raises(Unavailable):
+            _ = [chunk async for chunk in client.stream(text="x")]
+    assert len(house.fleet.requests) == 2
 
 
 @pytest.mark.asyncio
@@ -681,7 +719,9 @@ async def test_a_cancel_closes_the_streams(house: House, n: int) -> None:
         await anext(stream)
         await stream.aclose()
         await house.settled()
+    counted = house.metrics.registry.get_sample_value
     assert house.metrics.total.failed == 0
+    assert counted("pando_router_requests_cancelled_total", {"tenant": "t"}) == 2
 
 
 @pytest.mark.asyncio
@@ -705,6 +745,7 @@ async def test_deadlines_end_the_work(start: Start) -> None:
                 await client.generate(text="x", max_tokens=1000, timeout=timeout)
             assert time.monotonic() - began < 1.0
             await house.settled()
+    assert house.metrics.total.failed == 2
 
 
 @pytest.mark.asyncio
@@ -897,12 +938,20 @@ async def test_admin_tells_what_happened(start: Start) -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call(request, metadata=key, timeout=5)
             assert caught.value.code() is C.UNIMPLEMENTED
-    assert (stats.router, stats.requests, stats.failed, stats.in_flight) == ("r1", 4, 1, 0)
+    refused = pytest.raises(Unsupported, match=f"^{house.public} is not an admin port$")
+    with AdminClient(house.public, key="root") as stranger, refused:
+        await asyncio.to_thread(stranger.stats)
+    async with pando.AsyncClient(house.admin, api_key="root") as lost:
+        with pytest.raises(Unsupported, match=f"^{house.admin} does not serve this"):
+            await lost.generate(text="x")
+    assert (stats.router, stats.requests, stats.failed, stats.in_flight) == ("r1", 4, 0, 0)
     assert (stats.cached_tokens, stats.completion_tokens, stats.indexed_blocks) == (48, 7, 7)
-    assert [(t.id, t.requests, t.failed, t.completion_tokens) for t in tenants] == [("t", 2, 0, 6), ("u", 2, 1, 1)]
+    assert [(t.id, t.requests, t.failed, t.completion_tokens) for t in tenants] == [("t", 2, 0, 6), ("u", 2, 0, 1)]
     assert (worker.id, worker.epoch, worker.state) == ("w0", 3, admin_pb2.WORKER_STATE_READY)
     assert (worker.free_blocks, worker.cached_blocks, worker.reason) == (60, 39, "because")
     text, kind = house.metrics.exposition()
+    assert b'pando_router_requests_refused_total{tenant="u"} 1.0' in text and b"requests_failed_total{" not in text
+    assert b"pando_router_tasks " in text and b"process_open_fds " in text
     assert b'pando_router_tokens_total{kind="completion",tenant="t"} 6.0' in text and "text" in kind
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from control.children import adopt_orphans, descendants, source_path
+from pando.model_folder import resolve_model
 
 FREE_PORTS = ["--port", "0", "--http-port", "0", "--admin-port", "0"]
 
@@ -54,6 +56,21 @@ def taken_port() -> Iterator[int]:
 
 
 @pytest.fixture
+def model(tmp_path: Path) -> Callable[..., str]:
+    """Makes a model folder from pando-tiny, with fields of its config changed and files left out or overwritten."""
+
+    def made(fields: dict[str, object] | None = None, **files: str) -> str:
+        source = resolve_model("pando-tiny")
+        config = json.loads((source / "config.json").read_text("utf-8"))
+        for path in source.glob("*.json"):
+            (tmp_path / path.name).write_text(files.get(path.stem, path.read_text("utf-8")), "utf-8")
+        (tmp_path / "config.json").write_text(files.get("config", json.dumps(config | (fields or {}))), "utf-8")
+        return str(tmp_path)
+
+    return made
+
+
+@pytest.fixture
 def bad_model(tmp_path: Path) -> str:
     (tmp_path / "empty").mkdir()
     return str(tmp_path / "empty")
@@ -82,9 +99,17 @@ def refused(outcome: Outcome, command: str, says: str, code: int = 2) -> None:
         (["up", "--host", "127.0.0.300", *FREE_PORTS[2:]], "127.0.0.300"),
         (["up", "--redis", "127.0.0.1:6379", *FREE_PORTS], "redis://"),
         (["up", "--ray", "127.0.0.1:1", *FREE_PORTS], "--redis"),
+        (["up", "--block-size", "0", *FREE_PORTS], "--block-size must be 1 or more"),
+        (["up", "--cpu-blocks", "5", *FREE_PORTS], "--cpu-blocks must be 0"),
+        (["up", "--max-model-len", "999999", *FREE_PORTS], "--max-model-len 999999 is over the model's own"),
+        (["up", "--max-model-len", "999999", "--runner", "simulated", *FREE_PORTS], "--max-model-len 999999"),
+        (["up", "--max-model-len", "100", "--device-blocks", "2", *FREE_PORTS], "32 positions of --device-blocks"),
+        (["up", "--link-token", "with space", *FREE_PORTS], "link token"),
         (["up", "--config", "/no/such/file.toml"], "/no/such/file.toml"),
         (["workers"], "--redis"),
         (["workers", "--redis", "redis://127.0.0.1:1"], "does not answer"),
+        (["workers", "--redis", "redis://127.0.0.1:1", "--host", "0.0.0.0"], "PANDO_LINK_TOKEN"),
+        (["workers", "--redis", "redis://127.0.0.1:1", "--block-size", "0"], "--block-size"),
         (["workers", "--workers", "0", "--redis", "redis://127.0.0.1:1"], "at least 1"),
         (["demo", "--model", "/no/such/folder"], "/no/such/folder"),
         (["router", "--frobnicate"], "--frobnicate"),
@@ -108,6 +133,30 @@ def test_a_folder_that_is_no_model(bad_model: str) -> None:
     refused(pando("up", "--model", bad_model, *FREE_PORTS), "up", bad_model)
 
 
+@pytest.mark.parametrize(
+    ("fields", "files", "says"),
+    [
+        ({"architectures": ["BertModel"]}, {}, "architecture BertModel is not supported"),
+        ({}, {"config": '{"name": "someone"}'}, "config.json names no architecture"),
+        ({}, {"config": "not JSON"}, "config.json of the model folder is not JSON"),
+        ({}, {}, "no weights"),
+    ],
+    ids=["unsupported", "foreign", "broken", "without weights"],
+)
+def test_a_model_that_no_worker_serves(
+    model: Callable[..., str], fields: dict[str, object], files: dict[str, str], says: str
+) -> None:
+    refused(pando("up", "--model", model(fields, **files), *FREE_PORTS), "up", says)
+
+
+def test_a_router_that_cannot_start_ends_the_command(model: Callable[..., str]) -> None:
+    broken = model(tokenizer="{}")
+    outcome = pando("up", "--json", "--runner", "simulated", "--model", broken, *FREE_PORTS)
+    assert (outcome.code, outcome.out, outcome.left) == (2, "", [])
+    assert outcome.err.count("\n") == 1 and "tokenizer.json" in outcome.err, outcome.err
+    assert outcome.seconds < 15  # it does not wait for Ray
+
+
 @pytest.mark.parametrize("flag", ["--port", "--http-port", "--admin-port"])
 def test_a_port_that_is_taken(taken_port: int, flag: str) -> None:
     others = [part for name in ("--port", "--http-port", "--admin-port") if name != flag for part in (name, "0")]
@@ -119,6 +168,13 @@ def test_a_redis_that_does_not_answer(free_port: Callable[[], int]) -> None:
     outcome = pando("up", "--redis", url, *FREE_PORTS)
     refused(outcome, "up", "does not answer")
     assert "hunter2" not in outcome.err
+
+
+def test_a_model_without_a_tokenizer(model: Callable[..., str]) -> None:
+    folder = model()
+    Path(folder, "tokenizer.json").unlink()
+    outcome = pando("up", "--runner", "simulated", "--model", folder, *FREE_PORTS)
+    refused(outcome, "up", "no tokenizer.json")
 
 
 def test_a_setting_in_the_environment_that_there_is_not() -> None:

@@ -133,7 +133,7 @@ def test_keys_open_other_addresses(start: Start, redis_url: str, tmp_path: Path)
     [
         ([], "needs --redis"),
         (["--redis", "nonsense"], "Redis URL"),
-        (["--redis", "redis://user:s3cret@127.0.0.1:1/0"], "cannot reach Redis at 127.0.0.1:1/0"),
+        (["--redis", "redis://user:s3cret@127.0.0.1:1/0"], "Redis at redis://127.0.0.1:1/0 does not answer"),
         (["--redis", "REDIS", "--model", "/nowhere"], "/nowhere"),
         (["--redis", "REDIS", "--host", "0.0.0.0"], "--tenants"),
         (["--redis", "REDIS", "--tenants", "/nowhere.toml"], "cannot read the tenants file"),
@@ -177,3 +177,12 @@ def test_a_second_router_needs_the_same_secret(start: Start, redis_url: str) -> 
         process.kill()
         process.communicate()
     ready(start(*flags, PANDO_CLUSTER_SECRET="two"))
+
+
+def test_without_a_worker_a_caller_is_told_after_the_grace_and_not_later(start: Start, redis_url: str) -> None:
+    where = ready(start("--redis", redis_url, *ANY_PORTS))
+    began = time.monotonic()
+    with pando.Client(where["grpc"]) as client, pytest.raises(Unavailable, match="no worker is ready") as caught:
+        client.generate(text="x", timeout=30)
+    assert caught.value.reason == "NO_WORKER"
+    assert time.monotonic() - began < 8.0

@@ -16,7 +16,7 @@ import redis.asyncio
 
 from control.cluster import Cluster, Crew
 from control.supervisor import Patience, WorkerStatus
-from kvstore.lease import Lease, read_leases
+from kvstore.lease import Lease, view_leases
 from pando.errors import ConfigError
 from pando.settings import WorkerSettings
 
@@ -49,7 +49,7 @@ def hears_nothing(workers: object) -> None:
 def leases(url: str, cluster: str) -> dict[str, Lease]:
     async def read() -> dict[str, Lease]:
         async with redis.asyncio.Redis.from_url(url) as client:
-            return {lease.worker_id: lease for lease in await read_leases(client, cluster)}
+            return {**(await view_leases(client, cluster)).leases}
 
     return asyncio.run(read())
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
-import shutil
+import re
 import signal
+import struct
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import grpc
 import pytest
+import redis
 
 from control.children import adopt_orphans, descendants, source_path
 from pando.admin_client import AdminClient
@@ -40,6 +45,7 @@ class Command:
 
     process: subprocess.Popen[str]
     before: frozenset[int]
+    errors: IO[str]
 
     def left(self) -> dict[int, str]:
         """Living processes of this command, itself included: id and command line."""
@@ -58,6 +64,16 @@ class Command:
         document: dict[str, Any] = json.loads(text)
         return document
 
+    def folders(self) -> set[Path]:
+        """The temporary folders that its processes name on their command lines."""
+        lines = "\0".join(self.left().values())
+        return {Path(found) for found in re.findall(r"/[^\0=:\s]*/pando-(?:ray|redis)-\w+", lines)}
+
+    def said(self) -> str:
+        """What it and its children have written to stderr."""
+        self.errors.seek(0)
+        return self.errors.read()
+
     def end(self, number: int = signal.SIGINT) -> int:
         """Signal it and wait for its end."""
         self.process.send_signal(number)
@@ -70,6 +86,8 @@ class Command:
         self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+        print(self.said(), file=sys.stderr)
+        self.errors.close()
 
 
 def start(*argv: str, env: dict[str, str] | None = None) -> Command:
@@ -77,7 +95,8 @@ def start(*argv: str, env: dict[str, str] | None = None) -> Command:
     env = kept | {"PYTHONPATH": source_path()} | (env or {})
     before = frozenset(descendants())
     command = [sys.executable, "-m", "pando.cli", *argv]
-    return Command(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True), before)
+    errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - `Command.close` closes it
+    return Command(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True), before, errors)
 
 
 def run(*argv: str, text: str | None = None) -> str:
@@ -122,6 +141,26 @@ def redis_servers(up: Command) -> list[int]:
     return [pid for pid, command in up.left().items() if "redis-server" in command and "import ctypes" not in command]
 
 
+def listening(pids: Iterable[int]) -> dict[int, str]:
+    """TCP ports on which these processes listen, and the address of each."""
+    open_files = set()
+    for pid in pids:
+        for path in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                open_files.add(os.readlink(path))
+    found = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in open_files:
+                host, port = local.split(":")
+                words = struct.iter_unpack("<I", bytes.fromhex(host))
+                address = ipaddress.ip_address(b"".join(struct.pack(">I", *word) for word in words))
+                mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+                found[int(port, 16)] = str(mapped or address)
+    return found
+
+
 def greedy(target: str) -> str:
     with Client(target, tenant="a") as client:
         return client.generate(text="hello", max_tokens=8, temperature=0.0, ignore_eos=True).text
@@ -132,6 +171,18 @@ def test_the_line_names_every_part(ready: dict[str, Any]) -> None:
     assert [sorted(worker) for worker in ready["workers"]] == [["epoch", "grpc", "id", "pid"]] * 2
     assert [worker["id"] for worker in ready["workers"]] == ["worker-0", "worker-1"]
     assert ready_epochs(ready["admin"]) == {"worker-0": 1, "worker-1": 1}
+
+
+def test_every_port_is_on_loopback_and_a_worker_s_asks_for_the_token(up: Command, ready: dict[str, Any]) -> None:
+    hosts = listening(up.left())
+    ours = {ready[name] for name in ("grpc", "http", "admin", "ray")} | {worker["grpc"] for worker in ready["workers"]}
+    assert {int(address.rpartition(":")[2]) for address in ours} <= set(hosts)
+    assert [host for host in hosts.values() if not ipaddress.ip_address(host).is_loopback] == []
+    with grpc.insecure_channel(ready["workers"][0]["grpc"]) as channel:
+        drain = channel.unary_unary("/pando.worker.v1.WorkerLink/Drain")
+        with pytest.raises(grpc.RpcError) as refused:
+            drain(b"", timeout=5)
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_generate_streams_text_and_says_what_it_took(ready: dict[str, Any]) -> None:
@@ -184,13 +235,15 @@ def test_a_killed_redis_comes_back_and_requests_go_on(up: Command, ready: dict[s
 
 
 def test_ctrl_c_ends_everything_and_a_second_one_does_no_harm(up: Command, ready: dict[str, Any]) -> None:
-    folder = Path(ready["redis"].removeprefix("unix://")).parent
+    folders = up.folders()
+    assert Path(ready["redis"].removeprefix("unix://")).parent in folders and len(folders) == 2
     assert len(up.left()) > 5
     up.process.send_signal(signal.SIGINT)
     time.sleep(0.1)
     assert up.end(signal.SIGINT) == 0
     assert up.left() == {}
-    assert not folder.exists()
+    assert not [folder for folder in folders if folder.exists()]
+    assert not re.search(r"^[EWI]\d{4} |goaway|chttp2", up.said(), re.MULTILINE | re.IGNORECASE)
 
 
 @pytest.mark.parametrize("after_s", [0.6, 3.0])
@@ -208,21 +261,26 @@ def test_a_signal_while_starting_ends_everything(after_s: float) -> None:
 def test_a_killed_up_takes_everything_with_it() -> None:
     command = start(*UP, "--workers", "1")
     try:
-        folder = Path(command.line()["redis"].removeprefix("unix://")).parent
+        command.line()
+        folders = command.folders()
+        assert len(folders) == 2
         command.process.kill()
         command.process.wait()
         until(lambda: command.left() == {})
-        shutil.rmtree(folder)
+        assert not [folder for folder in folders if folder.exists()]
     finally:
         command.close()
 
 
-def test_routers_and_workers_run_apart(redis_url: str) -> None:
-    env = {"PANDO_CLUSTER_SECRET": "of both routers", "PANDO_ADMIN_KEY": "k"}
-    commands = [start("workers", "--json", "--runner", "simulated", "--workers", "1", "--redis", redis_url)]
+def test_routers_and_workers_run_apart(own_redis: Any) -> None:
+    with redis.Redis.from_url(own_redis.url) as client:
+        client.config_set("requirepass", "hunter2")
+    env = {"PANDO_REDIS": own_redis.url.replace("://", "://:hunter2@"), "PANDO_LINK_TOKEN": "token-of-the-fleet"}
+    commands = [start("workers", "--json", "--runner", "simulated", "--workers", "1", env=env)]
+    env |= {"PANDO_CLUSTER_SECRET": "of both routers", "PANDO_ADMIN_KEY": "k"}
     try:
         for _ in range(2):
-            commands.append(start("router", *UP[1:2], *UP[4:], "--redis", redis_url, env=env))
+            commands.append(start("router", *UP[1:2], *UP[4:], env=env))
         listening = [command.line() for command in commands]
         assert [worker["id"] for worker in listening[0]["workers"]] == ["worker-0"]
         texts = set()
@@ -230,6 +288,7 @@ def test_routers_and_workers_run_apart(redis_url: str) -> None:
             until(lambda target=router["admin"]: ready_epochs(target, key="k") == {"worker-0": 1})
             texts.add(greedy(router["grpc"]))
         assert len(texts) == 1
+        assert not [line for command in commands for line in command.left().values() if "hunter2" in line]
         assert [command.end(signal.SIGTERM) for command in reversed(commands)] == [0, 0, 0]
         assert commands[0].left() == {}
     finally:

@@ -23,12 +23,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvstore.block_key import block_keys, key_fingerprint
 from kvstore.events import BlocksRemoved, BlocksStored, decode
-from kvstore.lease import Lease, read_leases
+from kvstore.lease import Lease, view_leases
 from kvstore.scope import Region, ScopeRoot
 from pando.errors import ConfigError
 from pando.settings import WorkerSettings
 from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
+from router.worker_link import WorkerHello, WorkerLink
 from worker.process import WorkerProcess, WorkerReady
 from worker.simulated_runner import load_simulated_runner
 
@@ -487,7 +488,7 @@ async def test_a_thousand_requests_with_cancels_leave_nothing_behind(start: Call
 
 async def leases(url: str) -> dict[str, Lease]:
     async with redis.asyncio.Redis.from_url(url) as client:
-        return {lease.worker_id: lease for lease in await read_leases(client, "pando")}
+        return {**(await view_leases(client, "pando")).leases}
 
 
 def stream(url: str) -> list[Any]:
@@ -567,10 +568,68 @@ def test_a_port_that_is_taken_is_one_error_and_leaves_nothing(
         assert not client.exists("pando:{worker-0}:lease")
 
 
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "metadata",
+    [(), bearer("wrong"), bearer("s3cre"), bearer("s3cret") * 2, (("authorization", "s3cret"),)],
+    ids=["none", "wrong", "shorter", "twice", "no bearer"],
+)
+async def test_nothing_is_done_for_who_has_not_the_link_token(
+    start: Callable[..., WorkerReady], metadata: tuple[tuple[str, str], ...]
+) -> None:
+    ready = start(link_token="s3cret")
+    async with grpc.aio.insecure_channel(ready.address) as channel:
+        stub = worker_pb2_grpc.WorkerLinkStub(channel)
+        health = health_pb2_grpc.HealthStub(channel)
+        calls = [
+            stub.Drain(pb.DrainRequest(epoch=ready.epoch), metadata=metadata),
+            stub.FetchBlocks(pb.FetchBlocksRequest(epoch=ready.epoch), metadata=metadata),
+            stub.Session(metadata=metadata),  # refused before a hello
+            health.Watch(health_pb2.HealthCheckRequest(), metadata=metadata),
+        ]
+        async with asyncio.timeout(2.0):
+            assert [await call.code() for call in calls] == [grpc.StatusCode.UNAUTHENTICATED] * 4
+        answer = await health.Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING, "it was drained"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("token", ["s3cret", "", "another"])
+async def test_a_router_with_the_link_token_gets_a_session(start: Callable[..., WorkerReady], token: str) -> None:
+    ready = start(link_token="s3cret")
+    link = WorkerLink(
+        ready.address,
+        router="r",
+        expected=WorkerHello("worker-0", ready.epoch, 16, fingerprint()),
+        token=token,
+    )
+    link.start()
+    await eventually(lambda: link.live or "refused" in link.reason)
+    assert link.live == (token == "s3cret")
+    assert link.live or link.reason == "refused by the worker: the link token is not valid"
+    await link.stop()
+
+
+@pytest.mark.asyncio
+async def test_who_has_the_link_token_may_drain(start: Callable[..., WorkerReady]) -> None:
+    ready = start(link_token="s3cret")
+    async with grpc.aio.insecure_channel(ready.address) as channel:
+        stub = worker_pb2_grpc.WorkerLinkStub(channel)
+        await stub.Drain(pb.DrainRequest(epoch=ready.epoch), metadata=bearer("s3cret"))
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         ["--no-such-option"],
+        ["--host", "0.0.0.0"],
+        ["--link-token", "with space"],
         ["--runner", "model", "--model", "/nowhere"],
         ["--redis", "redis://127.0.0.1:1/0"],
         ["--cpu-blocks=-5"],

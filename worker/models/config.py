@@ -126,9 +126,11 @@ _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", 
 def _architecture(fields: Fields) -> str:
     names = fields.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else names
+    if not isinstance(name, str):
+        raise ConfigError("config.json names no architecture")
     if name not in _ARCHITECTURES:
         raise ConfigError(f"architecture {name} is not supported; supported are {', '.join(_ARCHITECTURES)}")
-    return str(name)
+    return name
 
 
 def _refuse_unsupported(fields: Fields) -> None:

@@ -19,6 +19,7 @@ from bench.pando_tiny import checks, train
 from bench.pando_tiny.checkpoint import read, train_tokenizer
 from bench.pando_tiny.corpus import SPECIAL_TOKENS, STANDARD_LIBRARY, Turn, gather, render
 from bench.pando_tiny.model import Llama, Shape
+from pando.errors import ConfigError
 from pando.model_folder import resolve_model
 
 FOLDER = resolve_model("pando-tiny")
@@ -91,6 +92,7 @@ def test_special_tokens_and_end_tokens_agree_over_the_files() -> None:
     ids = {token: TOKENIZER.token_to_id(token) for token in SPECIAL_TOKENS}
     assert None not in ids.values()
     ends = [ids["<|end|>"], ids["<|endoftext|>"]]
+    assert contents("generation_config.json")["do_sample"] is False
     assert contents("generation_config.json")["eos_token_id"] == contents("config.json")["eos_token_id"] == ends
     assert contents("tokenizer_config.json")["add_bos_token"] is False
     assert TOKENIZER.encode("text").ids[0] != ids["<|endoftext|>"]
@@ -192,7 +194,13 @@ def test_a_few_steps_on_a_small_corpus_give_a_folder_that_transformers_loads(
     assert tokenizer.apply_chat_template(messages, tokenize=False) == render(CHAT)
     assert tokenizer("def f(x):").input_ids == Tokenizer.from_file(str(out / "tokenizer.json")).encode("def f(x):").ids
     assert json.loads((out / "training.json").read_text())["steps"] == 3
+    tokenizer_text = (out / "tokenizer.json").read_text()
     assert list(tmp_path.joinpath("deep").iterdir()) == [out]
+
+    assert train.main([*flags[:-1], "1", "--start", str(out)]) == 0
+    record = json.loads((out / "training.json").read_text())
+    assert (record["steps"], record["before"]["steps"]) == (1, 3)
+    assert (out / "tokenizer.json").read_text() == tokenizer_text
 
 
 def test_equal_seeds_give_equal_tokenizers_and_weights(library: Path) -> None:
@@ -212,6 +220,24 @@ def test_equal_seeds_give_equal_tokenizers_and_weights(library: Path) -> None:
     assert not torch.equal(weights, trained(2)[1])
 
 
+@pytest.mark.parametrize("stage", [train.FROM_NOTHING, train.FROM_CHECKPOINT])
+def test_the_rate_falls_after_the_warm_up_and_lengths_reach_the_whole_context(stage: train.Stage) -> None:
+    rates = [train.learning_rate(stage, step, step / 1000) for step in range(1001)]
+    assert max(rates) == rates[stage.warmup_steps - 1] <= stage.peak_rate
+    assert rates[stage.warmup_steps :] == sorted(rates[stage.warmup_steps :], reverse=True)
+    assert rates[-1] == pytest.approx(0.02 * stage.peak_rate)
+    assert max(train.sequence_length(stage, step, step / 1000) for step in range(1000)) == 8192
+
+
+def test_a_folder_of_another_model_is_no_start(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
+    for config in ("{", "[]", json.dumps(contents("config.json") | {"hidden_size": 96})):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(ConfigError, match="is no checkpoint that this script wrote"):
+            read(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -221,6 +247,9 @@ def test_equal_seeds_give_equal_tokenizers_and_weights(library: Path) -> None:
         (["--threads", "-1"], "--threads must be more than 0"),
         (["--steps", "many"], "invalid int value"),
         (["--speed", "9"], "unrecognized arguments"),
+        (["--start", "EMPTY", "--tokenizer", "EMPTY"], "not both"),
+        (["--start", "EMPTY"], "no tokenizer.json"),
+        (["--start", str(FOLDER), "--out", "FILE"], "is a file"),
         (["--library", "/nowhere"], "no folder /nowhere"),
         (["--library", "EMPTY"], "no documented Python source"),
         (["--tokenizer", "EMPTY"], "no tokenizer.json"),

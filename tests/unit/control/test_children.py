@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from control.children import SOURCE_ROOT, Child, source_path
+from control.children import SOURCE_ROOT, Child, Sweeper, source_path
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
@@ -107,3 +107,24 @@ def test_every_descendant_is_ended_orphans_too(child_then: str) -> None:
 def test_source_path_puts_our_packages_first_and_keeps_the_rest() -> None:
     assert source_path({}) == str(SOURCE_ROOT)
     assert source_path({"PYTHONPATH": f"/a:{SOURCE_ROOT}::/b"}).split(":") == [str(SOURCE_ROOT), "/a", "/b"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who has which file open is Linux's to say")
+def test_the_sweeper_ends_who_writes_and_spares_who_reads(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    (folder / "log").write_text("a line\n", "utf-8")
+    script = "import sys, time; file = open(sys.argv[1], sys.argv[2]); print(1, flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", script, str(folder / "log")]
+    sweeper = Sweeper(folder)
+    reader, writer = (subprocess.Popen([*command, mode], stdout=subprocess.PIPE) for mode in ("r", "a"))
+    with reader, writer:
+        try:
+            assert [process.stdout.readline() for process in (reader, writer) if process.stdout] == [b"1\n"] * 2
+            sweeper.sweep()
+            assert writer.wait(5) == -signal.SIGKILL
+            assert reader.poll() is None
+            assert not folder.exists()
+        finally:
+            reader.kill()
+            writer.kill()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from pando.settings import UpSettings, load
 from router.auth import key_hash
 from router.tenants import read_tenants
 
@@ -26,6 +29,7 @@ BASE: Files = ("docker-compose.yml",)
 GPU: Files = ("docker-compose.yml", "deploy/docker-compose.gpu.yml")
 RAY_NODES = ("ray-head", "ray-worker", "control")
 ROUTERS = ("router-1", "router-2")
+SECRETS = ("CLUSTER_SECRET", "LINK_TOKEN", "ADMIN_KEY")
 
 
 def compose(
@@ -95,13 +99,21 @@ def test_nothing_is_published_beyond_loopback(root: Path, services: dict[str, An
 
 
 def test_default_secrets_say_what_they_are_and_can_be_set(root: Path, services: dict[str, Any]) -> None:
-    names = ("RAY_AUTH_TOKEN", "REDIS_PASSWORD", "PANDO_REDIS", "PANDO_CLUSTER_SECRET", "PANDO_ADMIN_KEY")
+    names = ("RAY_AUTH_TOKEN", "REDIS_PASSWORD", "PANDO_REDIS", *(f"PANDO_{name}" for name in SECRETS))
     for service in services.values():
         for name in names:
             assert "dev-only" in service.get("environment", {}).get(name, "dev-only")
-    variables = ("RAY_TOKEN", "REDIS_PASSWORD", "CLUSTER_SECRET", "ADMIN_KEY")
-    own = {f"PANDO_{name}": f"chosen-{name.lower()}" for name in variables}
+    variables = ("FLEET_RAY_TOKEN", "FLEET_REDIS_PASSWORD", *(f"PANDO_{name}" for name in SECRETS))
+    own = {name: f"chosen-{name.lower()}" for name in variables}
     assert "dev-only" not in compose(root, BASE, "config", env=own).stdout
+
+
+def test_its_variables_may_be_exported_beside_our_commands(root: Path) -> None:
+    texts = [(root / name).read_text("utf-8") for name in ("docker-compose.yml", "deploy/docker-compose.gpu.yml")]
+    variables = set(re.findall(r"\$\{(\w+)", "".join(texts)))
+    assert {"FLEET_TENANTS_FILE", "PANDO_WORKERS"} <= variables
+    numbers = {f"PANDO_{f.name.upper()}" for f in dataclasses.fields(UpSettings) if f.default.__class__ is int}
+    load(UpSettings, env={name: "1" if name in numbers else "text" for name in variables})
 
 
 def test_waits_for_what_it_needs(services: dict[str, Any]) -> None:
@@ -132,6 +144,7 @@ def test_control_command_is_ours_and_matches_the_nodes(
     flags = parse_ray_start(node["command"])
     replicas = node["deploy"]["replicas"]
     assert settings.ray == "auto" and settings.host == "0.0.0.0"
+    assert settings.link_token == services["router-1"]["environment"]["PANDO_LINK_TOKEN"] != ""
     if files == GPU:
         assert settings.workers == flags["num_gpus"] * replicas and settings.device == "cuda"
         (devices,) = node["deploy"]["resources"]["reservations"]["devices"]

@@ -258,9 +258,12 @@ def test_control_arguments_are_ours_and_match_the_routers_and_nodes(
     assert container["args"][0] == "/app/deploy/join_ray.sh"
     settings = parse_pando(container["args"][1:], environment_of(container))
     other = parse_pando(router["args"], environment_of(router))
-    for name in ("model", "cluster", "block_size", "redis"):
+    for name in ("model", "cluster", "block_size", "redis", "link_token"):
         assert getattr(settings, name) == getattr(other, name), name
-    assert settings.ray == "auto" and settings.host == "0.0.0.0"
+    assert settings.ray == "auto" and settings.host == "0.0.0.0" and settings.link_token
+    for named in (container, router):
+        (token,) = (entry for entry in named["env"] if entry["name"] == "PANDO_LINK_TOKEN")
+        assert token["valueFrom"]["secretKeyRef"]["key"] == "link-token"
     assert settings.workers == {"cpu": 2, "dev": 1, "gpu": 8, "ha": 8}[release.case]
     assert settings.device == ("cuda" if release.case == "gpu" else "cpu")
     head = {"cpu": "demo-pando-ray-head", "dev": "demo-pando-ray-head", "gpu": "demo-pando-head-svc"}
@@ -336,9 +339,9 @@ def test_kuberay_start_parameters_are_rays(
 def test_secrets_are_made_once_or_given(render: Callable[..., Any]) -> None:
     (secret,) = render(TENANTS).kind("Secret")
     assert secret["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
-    assert set(secret["data"]) == {"cluster-secret", "admin-key", "redis-password", "ray-token"}
+    assert set(secret["data"]) == {"cluster-secret", "link-token", "admin-key", "redis-password", "ray-token"}
     values = {base64.b64decode(value).decode() for value in secret["data"].values()}
-    assert len(values) == 4 and all(len(value) == 48 and value.isalnum() for value in values)
+    assert len(values) == 5 and all(len(value) == 48 and value.isalnum() for value in values)
     given = render(merged(TENANTS, OWN_SECRET))
     assert not given.kind("Secret")
     assert "demo-pando-auth" not in yaml.safe_dump(given.documents)

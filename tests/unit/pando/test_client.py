@@ -163,7 +163,7 @@ def test_an_error_has_all_that_came_with_it() -> None:
         ),
         error_details_pb2.Help(),
     )
-    error = messages.pando_error(Failed(grpc.StatusCode.UNAVAILABLE, "words", metadata))
+    error = messages.pando_error(Failed(grpc.StatusCode.UNAVAILABLE, "words", metadata), "h:1")
     assert type(error) is Unavailable
     assert (error.message, error.reason, error.retry_after_s, error.error_id) == ("words", "WORKER_LOST", 0.25, "e1")
     assert error.violations == (FieldViolation("tenant:a", "d"),)
@@ -171,13 +171,29 @@ def test_an_error_has_all_that_came_with_it() -> None:
 
 @pytest.mark.parametrize("metadata", [(), None, (("grpc-status-details-bin", b"\xff\xff"),)])
 def test_a_status_that_is_not_ours_is_typed_by_its_code(metadata: Any) -> None:
-    error = messages.pando_error(Failed(grpc.StatusCode.UNKNOWN, "", metadata))
+    error = messages.pando_error(Failed(grpc.StatusCode.UNKNOWN, "", metadata), "h:1")
     assert type(error) is InternalError and error.message == "UNKNOWN"
 
 
 def test_nobody_there_is_unavailable_within_the_deadline() -> None:
-    with Client("127.0.0.1:1", timeout=2.0) as client, pytest.raises(Unavailable):
-        client.generate(text="x")
+    with Client("127.0.0.1:1", timeout=2.0) as client:
+        with pytest.raises(Unavailable, match=r"^nothing answers at 127\.0\.0\.1:1$"):
+            client.generate(text="x")
+        with pytest.raises(Unavailable, match=r"^nothing answers at 127\.0\.0\.1:1$"):
+            next(client.stream(text="x"))
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "told"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses; last error: ...", "nothing answers at h:1"),
+        (grpc.StatusCode.UNAVAILABLE, "Socket closed", "the connection to h:1 was lost"),
+        (grpc.StatusCode.UNIMPLEMENTED, "Method not found!", "h:1 does not serve this: it is not the gRPC port of a"),
+        (grpc.StatusCode.UNIMPLEMENTED, "logprobs is of a later version", "logprobs is of a later version"),
+    ],
+)
+def test_what_gRPC_says_itself_is_told_with_the_address(code: grpc.StatusCode, words: str, told: str) -> None:
+    assert messages.pando_error(Failed(code, words), "h:1").message.startswith(told)
 
 
 @pytest.mark.asyncio

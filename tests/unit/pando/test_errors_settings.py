@@ -84,10 +84,14 @@ def test_another_process_s_variables_are_no_mistake() -> None:
 
 
 def test_flags_give_the_same_settings_back_and_no_secret() -> None:
-    made = RouterSettings(port=1, admin_key="s3cret", cluster_secret="hidden", max_request_s=1.5)
+    made = RouterSettings(port=1, admin_key="s3cret", redis="redis://:hidden@h", link_token="hidden", max_request_s=1.5)
     flags = to_flags(made)
     assert not any("s3cret" in flag or "hidden" in flag for flag in flags)
-    assert secrets(made) == {"PANDO_ADMIN_KEY": "s3cret", "PANDO_CLUSTER_SECRET": "hidden"}
+    assert secrets(made) == {
+        "PANDO_ADMIN_KEY": "s3cret",
+        "PANDO_REDIS": "redis://:hidden@h",
+        "PANDO_LINK_TOKEN": "hidden",
+    }
     pairs = dict(zip((flag.removeprefix("--") for flag in flags[::2]), flags[1::2], strict=True))
     assert load(RouterSettings, pairs, env=secrets(made)) == made
 

@@ -262,3 +262,14 @@ async def test_a_text_that_must_be_too_long_is_refused_unread(build: Build) -> N
     with pytest.raises(InvalidRequest, match="longer than"):
         await tokenizer.encode("x" * 100_000)
     tokenizer.close()
+
+
+@pytest.mark.asyncio
+async def test_a_text_that_turns_out_too_long_is_refused_with_its_length(build: Build) -> None:
+    tokenizer = Tokenizer(build(), max_tokens=10)
+    assert len(await tokenizer.encode("q" * 10)) == 10
+    for asked in (tokenizer.encode("q" * 11), tokenizer.encode_chat([ChatMessage("user", "q" * 11)])):
+        with pytest.raises(InvalidRequest, match=r"has \d\d tokens and the model's context 10") as caught:
+            await asked
+        assert caught.value.reason == "CONTEXT_LENGTH"
+    tokenizer.close()

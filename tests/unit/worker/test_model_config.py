@@ -101,7 +101,7 @@ def test_end_tokens_of_generation_config_go_first(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         (LLAMA | {"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported"),
-        (LLAMA | {"architectures": None}, "architecture None is not supported"),
+        (LLAMA | {"architectures": None}, "config.json names no architecture"),
         (LLAMA | {"quantization_config": {"bits": 4}}, "quantized checkpoints are not supported"),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act gelu is not supported"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported"),

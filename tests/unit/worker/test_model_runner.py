@@ -77,7 +77,7 @@ def test_logits_do_not_depend_on_sampling(runner: ModelRunner) -> None:
 def test_the_pool_bounds_the_length(folder: Path) -> None:
     assert load(folder, device_blocks=10).spec.max_model_len == 80
     assert load(folder, max_model_len=100).spec.max_model_len == 100
-    with pytest.raises(ConfigError, match="max_model_len 513 is more than the 512 tokens"):
+    with pytest.raises(ConfigError, match="--max-model-len 513 is over the model's own 512"):
         load(folder, max_model_len=513)
 
 

@@ -99,9 +99,9 @@ app.kubernetes.io/part-of: pando
 {{- end -}}
 {{- end -}}
 
-{{/* Ray's count of CPUs on a worker node: one for each worker actor and one for the supervisor, which lives on any node. */}}
+{{/* Ray's count of CPUs on a worker node: one for each worker actor. */}}
 {{- define "pando.nodeCpus" -}}
-{{- add 1 (max 1 .Values.worker.gpus) -}}
+{{- max 1 .Values.worker.gpus -}}
 {{- end -}}
 
 {{/* Egress rule to Redis. */}}

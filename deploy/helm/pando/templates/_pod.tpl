@@ -43,6 +43,13 @@ seccompProfile: {type: RuntimeDefault}
   {{- end }}
 {{- end -}}
 
+{{/* What routers send and workers ask for on the link between them. */}}
+{{- define "pando.linkEnv" -}}
+- name: PANDO_LINK_TOKEN
+  valueFrom:
+    secretKeyRef: {name: {{ include "pando.authSecret" . }}, key: link-token}
+{{- end -}}
+
 {{/* Ray: token authentication named outright, since Ray turns it on or off by what it finds. */}}
 {{- define "pando.rayEnv" -}}
 - {name: RAY_AUTH_MODE, value: token}
