@@ -50,10 +50,13 @@ def measure(num_blocks: int, rounds: int) -> Figures:
     evict = best(1, lambda: seal_all(pool, 1 << 20)) - seal
     per_block = 1e6 / num_blocks
     return Figures(
-        num_blocks,
-        *(round(seconds * per_block, 3) for seconds in (allocate_and_free, seal, evict, attach)),
-        round(bytes_empty, 1),
-        round(bytes_sealed, 1),
+        num_blocks=num_blocks,
+        allocate_and_free_us=round(allocate_and_free * per_block, 3),
+        seal_us=round(seal * per_block, 3),
+        evict_us=round(evict * per_block, 3),
+        attach_and_release_us=round(attach * per_block, 3),
+        bytes_empty=round(bytes_empty, 1),
+        bytes_sealed=round(bytes_sealed, 1),
     )
 
 
