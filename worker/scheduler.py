@@ -246,7 +246,7 @@ class Scheduler:
                 loading += holds
             elif blocked and not holds and not self._admission.is_within_floor(sequence):
                 continue
-            elif self._admission.attach(sequence, now, alone=not self._running):
+            elif self._admission.attach(sequence, now, self._running):
                 _remove(self._waiting, sequence)
                 sequence.state = State.RUNNING
                 insort(self._running, sequence, key=_order)
