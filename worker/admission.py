@@ -63,6 +63,7 @@ class Admission:
         if sequence.admission is None:
             sequence.admission = self._facts(sequence, now)
         sequence.load = None
+        sequence.unsettled = True
         self._blocked = None
         return True
 

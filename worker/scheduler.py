@@ -139,7 +139,9 @@ class Scheduler:
             sequence = self._sequences[share.sequence_id]
             sequence.num_computed_tokens += len(share.token_ids)
             table = sequence.blocks
-            table.copies_done()
+            if sequence.unsettled:
+                table.copies_done()
+                sequence.unsettled = False
             table.seal(sequence.token_ids, sequence.num_computed_tokens)
             self._admission.leave_window(sequence)
             if share.sampling is not None:
@@ -197,7 +199,7 @@ class Scheduler:
         """
         table, start, end = sequence.blocks, sequence.num_computed_tokens, step.end_of(sequence)
         reach = self._admission.reach(sequence, end)
-        while not (table.reserve(reach) and table.prepare_write(start, end)):
+        while not (table.reserve(reach) and (not sequence.unsettled or table.prepare_write(start, end))):
             victim = next(
                 one for one in reversed(self._running) if one is sequence or self._admission.is_over_floor(one)
             )
@@ -217,10 +219,12 @@ class Scheduler:
     def _fork(self, sequence: Sequence) -> list[Sequence]:
         """Let those go that waited for this prompt, over the same blocks; what is too many to run goes to the queue."""
         forks, sequence.forks = sequence.forks, []
+        sequence.unsettled = bool(forks)
         for fork in forks:
             fork.follow(sequence)
             if len(self._running) < self._limits.max_sequences:
                 fork.table = sequence.blocks.fork(sequence.num_computed_tokens)
+                fork.unsettled = True
                 fork.num_computed_tokens = sequence.num_computed_tokens
                 fork.state = State.RUNNING
                 insort(self._running, fork, key=_order)
