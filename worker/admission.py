@@ -62,7 +62,7 @@ class Admission:
         self.leave_window(sequence)
         if sequence.admission is None:
             sequence.admission = self._facts(sequence, now)
-        sequence.load = None
+        sequence.load = sequence.wait = None
         sequence.unsettled = True
         self._blocked = None
         return True

@@ -104,8 +104,14 @@ class Scheduler:
 
     @property
     def num_queued_tokens(self) -> int:
-        """Tokens that wait to be computed before their sequences can go on, the one of a decode left out."""
-        return sum(max(s.num_uncomputed_tokens - 1, 0) for s in self._sequences.values() if s.origin is None)
+        """Tokens that wait to be computed before their sequences can go on: not the one of a decode, and not those that
+        another sequence computes already."""
+        size = self._pool.block_size
+        return sum(
+            max(s.num_uncomputed_tokens - 1 - (s.wait.num_blocks * size if s.wait is not None else 0), 0)
+            for s in self._sequences.values()
+            if s.origin is None
+        )
 
     # One step
 
