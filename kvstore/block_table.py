@@ -141,9 +141,8 @@ class BlockTable:
     def _best_part(self, start: int, limit: int) -> Part | None:
         """The longest start of the next block in the scopes of the regions that lie in it, each up to its own end.
 
-        Never the whole block: it would be ours, full and not sealed. KV of a position depends on the tokens up to it
-        alone, so what a sealed block holds behind the part, in the hands of whoever sealed it, neither matters nor can
-        be read.
+        Never all of the block: it would be ours, full and not sealed. KV of a position depends on the tokens up to it
+        alone, so what the source holds behind the part, in whoever's hands, neither matters nor can be read.
         """
         size = self._pool.block_size
         contents, number = self._pool.contents, self._pool.number(self._tip)

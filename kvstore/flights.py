@@ -31,16 +31,16 @@ class Flight:
 class Wait:
     """What a follower waits for: that the leader has sealed so many blocks, or is gone."""
 
-    __slots__ = ("_flight", "_num_blocks")
+    __slots__ = ("_flight", "num_blocks")
 
     def __init__(self, flight: Flight, num_blocks: int) -> None:
         self._flight = flight
-        self._num_blocks = num_blocks
+        self.num_blocks = num_blocks
 
     @property
     def ready(self) -> bool:
         """Whether another try is worth it: more is cached now, or the next one has to lead."""
-        return self._flight.ended or self._flight.sealed >= self._num_blocks
+        return self._flight.ended or self._flight.sealed >= self.num_blocks
 
 
 class Flights:

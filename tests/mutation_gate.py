@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,61 +39,14 @@ class Bug:
     file: str
     right: str
     wrong: str
-    also: tuple[str, str] | None = None
+    also: list[str] | None = None
     """A second place in the same file, right and wrong."""
 
 
-BUGS = (
-    # Keys, scopes, what counts as a hit.
-    Bug("scope_switch_lost", "block_key.py", "self._parent = _enter(key, self.root, self._spans[self._position].seed)", "self._parent = key"),
-    Bug("hit_ignores_tokens", "contents.py", "if self.tokens[block] == tokens and self.roots", "if self.roots"),
-    Bug("hit_ignores_scope", "contents.py", "and self.roots[block] == root and", "and"),
-    Bug("hit_ignores_parent", "contents.py", " and self.parents[block] == parent:", ":"),
-    Bug("no_token_left_to_compute", "block_table.py", "range(0, limit // pool.block_size * step, step)", "range(0, -(-limit // pool.block_size) * step, step)"),
-    Bug("part_beyond_the_published_end", "block_table.py", "limit if region.end is None else region.end)", "limit)"),
-    Bug("part_from_any_scope", "contents.py", "self.children.closest(parent, root + tokens)", "self.children.closest(parent, bytes(16) + tokens)", ("return root + self.tokens[block]", "return bytes(16) + self.tokens[block]")),
-    Bug("part_misses_the_best_child", "children.py", "near.append(self._runs[at][inside - 1])", "pass"),
-    # References and writes.
-    Bug("double_free_accepted", "block_pool.py", "if not 0 <= block < self.num_blocks or references[block] == 0:\n                for", "if not 0 <= block < self.num_blocks:\n                for"),
-    Bug("generation_kept_on_loss", "block_pool.py", "        self._generations[block] += 1\n", ""),
-    Bug("generation_kept_on_allocation", "block_pool.py", "            generations[block] += 1\n", ""),
-    Bug("write_to_shared_block", "block_pool.py", "return self._references[block] == 1 and", "return self._references[block] >= 1 and"),
-    Bug("copy_sources_never_released", "block_table.py", "            self._pool.release(done)\n", ""),
-    Bug("copy_source_not_held", "block_table.py", "        self._sources.append(source)\n", "        self._pool.release((source,))\n"),
-    Bug("fork_forgets_stand_ins", "block_table.py", "        self._pool.acquire([block for _, block in self._stand_ins])\n", ""),
-    Bug("stand_in_not_held", "block_table.py", "            self._stand_ins.append((index, resident))\n", "            pool.release((resident,))\n"),
-    Bug("window_gives_up_parents_first", "block_table.py", "        if end < self._chain.index:\n            return 0\n", ""),
-    Bug("window_forgets_its_sinks", "block_table.py", "first = max(-(-sinks // size), self._hole_end)", "first = self._hole_end"),
-    # Single flight.
-    Bug("followers_never_woken", "flights.py", "        flight.ended = True\n", ""),
-    Bug("wait_on_a_colliding_key", "flights.py", "if flight is None or flight.root != root or flight.parent != parent:", "if flight is None:"),
-    Bug("nobody_waits", "block_table.py", "        self.pending = Wait(flight, target)\n", ""),
-    Bug("flight_not_ended_on_release", "block_table.py", "            self._pool.flights.end(self._flight, self._chain.index)\n        if self.block_ids", "            pass\n        if self.block_ids"),
-    # Eviction and quotas.
-    Bug("parents_before_children", "eviction.py", "self._contents.numbers[block] in self._contents.children\n            or ", ""),
-    Bug("evicts_what_is_in_transfer", "eviction.py", "\n            or block in self._in_transfer", ""),
-    Bug("one_hit_protects", "eviction.py", "PROTECTING_HITS = 2", "PROTECTING_HITS = 1"),
-    Bug("floors_not_sheltered", "eviction.py", "return owner.charge <= owner.floor", "return False"),
-    Bug("over_its_floor_not_first", "eviction.py", "            self._exposed[owner] = None\n", "            pass\n"),
-    Bug("floors_not_kept_free", "quota.py", "return self.num_held + sum(wanted.values()) + unmet <= self._num_blocks", "return True"),
-    Bug("lone_holder_stuck", "block_table.py", "return self._pool.num_holders == bool(self.block_ids)", "return False"),
-    Bug("ceiling_not_held", "block_pool.py", "            while owner.excess:", "            while owner.excess < 0:"),
-    Bug("charged_to_the_first_toucher", "block_pool.py", "        self._charge_to(block, self._ledger.owner(content.root))\n", ""),
-    Bug("pins_over_budget", "pins.py", "limit = min(len(token_ids), room * self._pool.block_size)", "limit = len(token_ids)"),
-    Bug("purge_leaves_what_hangs_below", "block_pool.py", "for block in reversed(self.contents.below(list(blocks))):", "for block in blocks:"),
-    Bug("removal_not_told", "block_pool.py", "        self._changes.removed(key)\n", ""),
-    # The CPU tier.
-    Bug("late_demotion_believed", "tiers.py", "valid = self.device.generation(order.source) == demotion.generation", "valid = True"),
-    Bug("late_promotion_believed", "tiers.py", "valid = self.cpu.generation(order.source) == promotion.generation", "valid = True"),
-    Bug("checksum_ignored", "tiers.py", "load.ok[promotion.index] = ok and valid", "load.ok[promotion.index] = valid"),
-    Bug("corrupt_block_kept", "tiers.py", "            self.cpu.drop((order.source,))\n", "            pass\n"),
-    Bug("holes_in_a_load", "tiers.py", "good = load.ok.index(False) if False in load.ok else len(load.ok)", "good = len(load.ok)"),
-    Bug("load_into_a_freed_block", "tiers.py", "        if load.table.life == load.life:\n            self._finish(load)\n", "        self._finish(load)\n"),
-    Bug("orphans_left_in_cpu", "tiers.py", "            self._drop_below(number)\n", "            pass\n"),
-    Bug("two_copies_of_one_block", "tiers.py", "if number in self._demoting or self.cpu", "if self.cpu"),
-    Bug("freed_copies_not_wiped", "block_pool.py", "            self._wipes.append(BlockId(block))\n", "            pass\n"),
-    Bug("always_load", "transfers.py", "return not computing or self", "return True or self"),
-)  # fmt: skip
+def planned() -> list[Bug]:
+    """The bugs of `planted_bugs.toml`."""
+    with (ROOT / "tests" / "planted_bugs.toml").open("rb") as file:
+        return [Bug(name, **entry) for name, entry in tomllib.load(file).items()]
 
 
 def main() -> int:
@@ -100,7 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.mutation_gate", description=__doc__)
     parser.add_argument("names", nargs="*", help="bugs to plant; all if none is named")
     names = set(parser.parse_args().names)
-    bugs = [bug for bug in BUGS if not names or bug.name in names]
+    bugs = [bug for bug in planned() if not names or bug.name in names]
     with tempfile.TemporaryDirectory(prog := "mutation") as folder:
         copy = Path(folder) / prog
         prepare(copy)

@@ -42,9 +42,10 @@ class Admission:
         self._tiers = tiers
         self._blocked: tuple[int, int] | None = None  # who did not fit, and the blocks there were then
 
-    def attach(self, sequence: Sequence, now: float, *, alone: bool) -> bool:
-        """Find the cached prefix and take blocks for the rest; `alone`: nothing runs. On False nothing is held, unless
-        the sequence has to wait for a load into blocks of its own."""
+    def attach(self, sequence: Sequence, now: float, running: list[Sequence]) -> bool:
+        """Find the cached prefix and take blocks for the rest, beside what runs. On False nothing is held, unless the
+        sequence has to wait for a load into blocks of its own."""
+        alone = not running
         if not alone and self._blocked == (sequence.id, self._pool.num_available):
             return False
         if sequence.table is None and not self._find_prefix(sequence):
@@ -52,7 +53,8 @@ class Admission:
         table = sequence.blocks
         if sequence.load is not None:
             sequence.num_computed_tokens += sequence.load.num_loaded
-        while not table.reserve(self.reach(sequence, sequence.num_computed_tokens + self._limits.max_batch_tokens)):
+        reach = self.reach(sequence, sequence.num_computed_tokens + self._limits.max_batch_tokens)
+        while not (self._has_room(sequence, running) and table.reserve(reach)):
             if not alone or not self._holdings.give_way():
                 sequence.release()
                 self._blocked = (sequence.id, self._pool.num_available)
@@ -60,7 +62,8 @@ class Admission:
         self.leave_window(sequence)
         if sequence.admission is None:
             sequence.admission = self._facts(sequence, now)
-        sequence.load = None
+        sequence.load = sequence.wait = None
+        sequence.unsettled = True
         self._blocked = None
         return True
 
@@ -92,9 +95,23 @@ class Admission:
         )
 
     def reach(self, sequence: Sequence, end: int) -> int:
-        """Up to where a sequence gets blocks: all its tokens, or, where a window gives others back, to `end`."""
+        """Up to where a sequence gets blocks in a step that computes up to `end`.
+
+        All its tokens; but with a window, that gives others back meanwhile, or a CPU tier, that copies what is evicted
+        first and is no faster than the steps, only to `end`.
+        """
         num_tokens = len(sequence.token_ids)
-        return num_tokens if self._limits.window is None else min(num_tokens, end)
+        at_once = self._limits.window is None and self._tiers is None
+        return num_tokens if at_once else min(num_tokens, end)
+
+    def _has_room(self, sequence: Sequence, running: list[Sequence]) -> bool:
+        """Whether there will be blocks for all its tokens, where it does not get them at once."""
+        if self._tiers is None or self._limits.window is not None:
+            return True
+        return self._missing(sequence) + sum(map(self._missing, running)) <= self._pool.num_available
+
+    def _missing(self, sequence: Sequence) -> int:
+        return -(-len(sequence.token_ids) // self._pool.block_size) - len(sequence.blocks.block_ids)
 
     def leave_window(self, sequence: Sequence) -> None:
         """Give back blocks that no token to come will read."""

@@ -31,6 +31,10 @@ class BlockFormat(Protocol):
         """The row, uint8 `[row_bytes]` on the block's device; a view of the block where nothing is converted."""
         ...
 
+    def holds(self, row: torch.Tensor) -> bool:
+        """Whether an encoded row says what the block said: no scale holds an infinity."""
+        ...
+
     def decode(self, row: torch.Tensor, block: torch.Tensor) -> None:
         """Write what the row, on the block's device or pinned, says into the block."""
         ...
@@ -44,6 +48,9 @@ class SameFormat:
 
     def encode(self, block: torch.Tensor) -> torch.Tensor:
         return block.view(-1).view(torch.uint8)
+
+    def holds(self, row: torch.Tensor) -> bool:
+        return True
 
     def decode(self, row: torch.Tensor, block: torch.Tensor) -> None:
         block.view(-1).view(torch.uint8).copy_(row, non_blocking=True)
@@ -62,13 +69,15 @@ class Int8Format:
         self.row_bytes = self._elements + 4 * (self._elements // block.shape[-1])
 
     def encode(self, block: torch.Tensor) -> torch.Tensor:
-        values = block.float()
-        scales = values.abs().amax(-1, keepdim=True) / _INT8_MOST
-        steps = torch.where(scales > 0, values / scales, 0.0).round_().clamp_(-_INT8_MOST, _INT8_MOST)
+        scales = block.abs().amax(-1, keepdim=True).float() / _INT8_MOST
+        steps = torch.div(block.float(), torch.where(scales > 0, scales, 1.0)).round_().clamp_(-_INT8_MOST, _INT8_MOST)
         row = torch.empty(self.row_bytes, dtype=torch.uint8, device=block.device)
         row[: self._elements].view(torch.int8).copy_(steps.view(-1))
         row[self._elements :].view(torch.float32).copy_(scales.view(-1))
         return row
+
+    def holds(self, row: torch.Tensor) -> bool:
+        return bool(row[self._elements :].view(torch.float32).isfinite().all())
 
     def decode(self, row: torch.Tensor, block: torch.Tensor) -> None:
         row = row.to(block.device, non_blocking=True)
@@ -79,8 +88,8 @@ class Int8Format:
 
 @dataclass(frozen=True, slots=True)
 class FormatError:
-    """What came back wrong so far: the largest difference of an element, and the largest of a block as the norm of its
-    differences over its own norm. Zero as long as blocks keep their own bytes."""
+    """What came back wrong so far, of the blocks that were looked at: the largest difference of an element, and the
+    largest of a block as the norm of its differences over its own norm. Zero where blocks keep their own bytes."""
 
     max_abs: float = 0.0
     max_relative: float = 0.0

@@ -27,6 +27,8 @@ _CUDA: Any = torch.cuda
 
 # Transfers that a CUDA device is given before the first of them is waited for.
 MOST_ISSUED = 32
+# One demotion in this many, the first among them, has its error measured: that costs as much as the conversion.
+ERROR_EVERY = 8
 
 
 @dataclass(slots=True)
@@ -64,6 +66,7 @@ class CpuTier:
             self._streams = {way: _CUDA.Stream(self._device) for way in Direction}
         self._reading: dict[int, _Flight] = {}  # by device block
         self._last_end = 0.0
+        self._demoted = 0
         self._ended: deque[TransferEnd] = deque()
         self._orders: SimpleQueue[_Flight | list[int] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="cpu-tier", daemon=True)
@@ -158,13 +161,14 @@ class CpuTier:
         block, target = self._device_blocks[flight.transfer.source], flight.transfer.target
         self._store.begin_write(target)
         flight.row = self._format.encode(block)
+        if not self._format.holds(flight.row):
+            return False
         self._store.rows[target].copy_(flight.row, non_blocking=True)
-        if self._lossy:
+        if self._lossy and self._demoted % ERROR_EVERY == 0:
             returned = torch.empty_like(block)
             self._format.decode(flight.row, returned)
-            if not bool(returned.isfinite().all()):
-                return False  # no scale holds an infinity
             self.error = self.error.with_block(block, returned)
+        self._demoted += 1
         return True
 
     def _promote(self, transfer: Transfer) -> bool:

@@ -216,7 +216,7 @@ class Engine:
             self._offload.answer(step_s=rates.step_ms / 1e3, prefill_tokens_per_s=rates.prefill_tokens_per_s)
         batch = self._scheduler.schedule(self.clock())
         if self._offload is not None:
-            self._offload.order(demoting=batch is not None)
+            self._offload.order(idle=batch is None)
         seconds = self._run(batch) if batch is not None else 0.0
         self._finish(batch, seconds)
         return batch is not None

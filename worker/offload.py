@@ -27,6 +27,7 @@ class Offload:
         self._mover = mover
         self._directions: dict[int, Direction] = {}
         self._promote_s = 0.0
+        self._room = 0
 
     @property
     def counts(self) -> TierCounts:
@@ -55,10 +56,15 @@ class Offload:
             prefill_token_s=1.0 / prefill_tokens_per_s if prefill_tokens_per_s else 0.0,
         )
 
-    def order(self, *, demoting: bool) -> None:
-        """Have the blocks copied that sequences wait for and, with `demoting`, those that are evicted next."""
-        if demoting:
-            self.tiers.demote()
+    def order(self, *, idle: bool) -> None:
+        """Have the blocks copied that sequences wait for, and those that are evicted next; `idle`: nothing is computed.
+
+        Between two steps that compute, no more is copied than the device has, so that an idle worker comes to rest.
+        """
+        if not idle:
+            self._room = self.tiers.device.num_blocks
+        if self._room > 0:
+            self._room -= self.tiers.demote()
         orders = self.tiers.take_orders()
         if orders.wipes:
             self._mover.wipe(orders.wipes)

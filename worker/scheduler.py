@@ -104,8 +104,14 @@ class Scheduler:
 
     @property
     def num_queued_tokens(self) -> int:
-        """Tokens that wait to be computed before their sequences can go on, the one of a decode left out."""
-        return sum(max(s.num_uncomputed_tokens - 1, 0) for s in self._sequences.values() if s.origin is None)
+        """Tokens that wait to be computed before their sequences can go on: not the one of a decode, and not those that
+        another sequence computes already."""
+        size = self._pool.block_size
+        return sum(
+            max(s.num_uncomputed_tokens - 1 - (s.wait.num_blocks * size if s.wait is not None else 0), 0)
+            for s in self._sequences.values()
+            if s.origin is None
+        )
 
     # One step
 
@@ -139,7 +145,9 @@ class Scheduler:
             sequence = self._sequences[share.sequence_id]
             sequence.num_computed_tokens += len(share.token_ids)
             table = sequence.blocks
-            table.copies_done()
+            if sequence.unsettled:
+                table.copies_done()
+                sequence.unsettled = False
             table.seal(sequence.token_ids, sequence.num_computed_tokens)
             self._admission.leave_window(sequence)
             if share.sampling is not None:
@@ -197,7 +205,7 @@ class Scheduler:
         """
         table, start, end = sequence.blocks, sequence.num_computed_tokens, step.end_of(sequence)
         reach = self._admission.reach(sequence, end)
-        while not (table.reserve(reach) and table.prepare_write(start, end)):
+        while not (table.reserve(reach) and (not sequence.unsettled or table.prepare_write(start, end))):
             victim = next(
                 one for one in reversed(self._running) if one is sequence or self._admission.is_over_floor(one)
             )
@@ -217,10 +225,12 @@ class Scheduler:
     def _fork(self, sequence: Sequence) -> list[Sequence]:
         """Let those go that waited for this prompt, over the same blocks; what is too many to run goes to the queue."""
         forks, sequence.forks = sequence.forks, []
+        sequence.unsettled = bool(forks)
         for fork in forks:
             fork.follow(sequence)
             if len(self._running) < self._limits.max_sequences:
                 fork.table = sequence.blocks.fork(sequence.num_computed_tokens)
+                fork.unsettled = True
                 fork.num_computed_tokens = sequence.num_computed_tokens
                 fork.state = State.RUNNING
                 insort(self._running, fork, key=_order)
@@ -246,7 +256,7 @@ class Scheduler:
                 loading += holds
             elif blocked and not holds and not self._admission.is_within_floor(sequence):
                 continue
-            elif self._admission.attach(sequence, now, alone=not self._running):
+            elif self._admission.attach(sequence, now, self._running):
                 _remove(self._waiting, sequence)
                 sequence.state = State.RUNNING
                 insort(self._running, sequence, key=_order)

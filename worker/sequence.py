@@ -118,6 +118,7 @@ class Sequence:
         "state",
         "table",
         "token_ids",
+        "unsettled",
         "wait",
     )
 
@@ -138,6 +139,8 @@ class Sequence:
         self.forks: list[Sequence] = []
         """Until its prompt is computed: those that go on from there with it; `origin` leads back."""
         self.origin: Sequence | None = None
+        self.unsettled = False
+        """Whether its next step may have to copy a block that others hold too."""
         self._reported_admission = False
 
     @property

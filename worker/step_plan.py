@@ -33,7 +33,8 @@ class StepPlan:
         start, end = sequence.num_computed_tokens, self.end_of(sequence)
         table, last = sequence.blocks, end == len(sequence.token_ids)
         self.budget -= end - start
-        self._copies += [BlockCopy(*order) for order in table.take_copies()]
+        if sequence.unsettled:
+            self._copies += [BlockCopy(*order) for order in table.take_copies()]
         self._shares.append(
             ScheduledSequence(
                 sequence_id=sequence.id,

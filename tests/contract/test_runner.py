@@ -209,7 +209,7 @@ def engine_run(
                 offload.answer(step_s=0.0, prefill_tokens_per_s=0.0)
             batch = scheduler.schedule(0.0)
             if offload is not None:
-                offload.order(demoting=batch is not None)
+                offload.order(idle=batch is None)
             if batch is not None:
                 scheduler.complete(batch, runner.execute(batch))
             for output in scheduler.take_outputs():

@@ -24,6 +24,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvstore.block_key import block_keys, key_fingerprint
 from kvstore.events import BlocksRemoved, BlocksStored, decode
 from kvstore.lease import Lease, view_leases
+from kvstore.memory_index import MemoryIndex
 from kvstore.scope import Region, ScopeRoot
 from pando.errors import ConfigError
 from pando.settings import WorkerSettings
@@ -118,8 +119,8 @@ def start() -> Iterator[Callable[..., WorkerReady]]:
         process.stop()
 
 
-def fingerprint() -> str:
-    return key_fingerprint(load_simulated_runner(WorkerSettings(**BASE)).spec.fingerprint, 16)
+def fingerprint(**changes: Any) -> str:
+    return key_fingerprint(load_simulated_runner(WorkerSettings(**(BASE | changes))).spec.fingerprint, 16)
 
 
 @asynccontextmanager
@@ -437,11 +438,32 @@ async def test_the_cpu_tier_gives_back_what_left_the_device(start: Callable[...,
         assert [router.tokens[i] for i in range(6)] == [router.tokens[6 + i] for i in range(6)]
         assert all(router.admissions[6 + i].cached_cpu_tokens >= 300 for i in range(6))
         assert all(router.admissions[i].cached_cpu_tokens == 0 for i in range(6))
+        index = MemoryIndex()
+        for batch in router.batches:
+            index.apply(batch.worker, batch.epoch, batch.events)
+        found = index.match(block_keys((Region(ScopeRoot(ROOT), None),), array("I", prompts[0]), 16))
+        assert found["worker-0"].cpu_blocks >= 20
         async with grpc.aio.insecure_channel(ready.address) as channel:
             stub = worker_pb2_grpc.WorkerLinkStub(channel)
             answer = await stub.Purge(pb.PurgeRequest(roots=[ROOT]), timeout=5)
         assert answer.cpu_blocks >= 6 * 20
     await load(ready, lambda load: load.free_blocks == 64)
+
+
+@pytest.mark.asyncio
+async def test_a_window_lets_an_answer_outgrow_the_pool(start: Callable[..., WorkerReady]) -> None:
+    attention = {"window": 64, "sinks": 4}
+    ready = start(**attention, device_blocks=128, max_model_len=0, simulated_step_ms=0.0)
+    async with session(ready, key_fingerprint=fingerprint(**attention)) as router:
+        assert router.hello.max_model_len == 1 << 30
+        await router.submit(1, list(range(100, 150)), max_tokens=4000)
+        await router.ended(1)
+        assert len(router.tokens[1]) == 4000
+        await router.submit(2, list(range(100, 150)), max_tokens=(1 << 30) - 50)
+        await router.until(lambda: len(router.tokens.get(2, [])) > 500)
+        assert router.tokens[2][:500] == router.tokens[1][:500]
+        await router.send(cancel=pb.Cancel(sequence=2))
+        await router.ended(2)
 
 
 @pytest.mark.asyncio

@@ -133,7 +133,7 @@ class World:
             self.offload.answer(step_s=0.001, prefill_tokens_per_s=self.prefill_tokens_per_s)
         batch = self.scheduler.schedule(self.now)
         if self.offload is not None:
-            self.offload.order(demoting=batch is not None)
+            self.offload.order(idle=batch is None)
         if batch is not None:
             self.batches.append(batch)
             self.scheduler.complete(batch, self.runner.execute(batch))

@@ -61,6 +61,19 @@ def test_floors_that_do_not_fit_are_left_out() -> None:
     assert pool.account(B).quota == Quota(0, 50, 3)
 
 
+def test_each_tier_has_its_own_quota(world: MakeWorld) -> None:
+    fleet = world(num_blocks=32, num_cpu_blocks=64)
+    quota = OwnerQuota(Quota(4), Quota(100, 120))
+    fleet.holdings.admit(A, ((SHARED, A),), quota)
+    assert fleet.pool.account(A).quota == Quota(4)
+    assert fleet.tiers.cpu.account(SHARED).quota == Quota(0, 120)
+    fleet.holdings.admit(A, (), OwnerQuota(Quota(4), Quota(8, 12)))
+    assert fleet.tiers.cpu.account(A).quota == Quota(8, 12)
+    for i in range(4):
+        fleet.tokens(prompt(60, seed=i), regions=own(A), quota=OwnerQuota(Quota(4), Quota(8, 12)), max_tokens=1)
+    assert 0 < fleet.tiers.cpu.account(A).charge <= 12
+
+
 def test_published_blocks_are_charged_to_their_publisher(world: MakeWorld) -> None:
     fleet = world()
     fleet.tokens(prompt(32), regions=published(24, B), publishers=((SHARED, A),), max_tokens=1)

@@ -162,6 +162,33 @@ def test_turns_of_many_talks_cost_half_of_what_they_cost_without(world: MakeWorl
     assert without >= 2 * with_tier
 
 
+def test_50_requests_over_one_long_head_are_not_slower_and_start_sooner(world: MakeWorld) -> None:
+    """Twice, with another long prompt between that drives the head out: time is the simulated device's."""
+
+    def play(num_cpu_blocks: int) -> tuple[float, float]:
+        fleet = world(
+            num_blocks=700, block_size=16, max_batch_tokens=512, max_sequences=64, max_model_len=20_000,
+            num_cpu_blocks=num_cpu_blocks,
+        )  # fmt: skip
+        head, first_tokens, busy = prompt(10_000), [], 0.0
+        for turn in range(2):
+            began = fleet.now
+            left = {fleet.submit(head + prompt(200, seed=i + 1), max_tokens=32) for i in range(50)}
+            while fleet.scheduler.num_sequences:
+                fleet.step()
+                started = {i for i in left if fleet.results[i].outputs}
+                first_tokens += [fleet.now - began] * len(started)
+                left -= started
+            busy += fleet.now - began
+            fleet.run()
+            fleet.tokens(prompt(9_000, seed=999 + turn), tenant="z", max_tokens=4)
+        return busy, sorted(first_tokens)[50]
+
+    (without, late), (with_tier, soon) = play(0), play(4096)
+    assert with_tier <= without
+    assert soon < late
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_random_work_over_both_tiers_shows_in_no_token(world: MakeWorld, seed: int) -> None:
     rng = random.Random(seed)

@@ -121,17 +121,19 @@ def test_64_identical_cold_prompts_cost_one_prefill(world: MakeWorld) -> None:
 
 
 def test_who_waits_lets_others_pass_and_holds_nothing(world: MakeWorld) -> None:
-    fleet = many(world, max_batch_tokens=64)
-    fleet.submit(prompt(640), max_tokens=1)
-    twins = [fleet.submit(prompt(640), max_tokens=1) for _ in range(3)]
+    fleet = many(world, max_batch_tokens=1000)
+    leader = fleet.submit(prompt(640), max_tokens=1)
+    for _ in range(3):
+        fleet.submit(prompt(640), max_tokens=1)
     other = fleet.submit(prompt(30, seed=1), max_tokens=1)
-    fleet.step()
-    assert fleet.pool.num_referenced == 40
-    while fleet.results[twins[0]].finish is None:
-        fleet.step()
-    assert fleet.results[other].finish is Finish.LENGTH
+    batch = fleet.scheduler.schedule(0.0)
+    assert [share.sequence_id for share in batch.sequences] == [leader, other]
+    assert fleet.pool.num_referenced == 40 + 2
+    assert fleet.scheduler.num_queued_tokens == 639 + 29
+    fleet.scheduler.complete(batch, fleet.runner.execute(batch))
     fleet.run()
-    assert computed(fleet) == 640 + 3 + 30
+    assert computed(fleet) == 3
+    fleet.assert_nothing_held()
 
 
 def test_a_shared_head_is_computed_once_and_tails_apart(world: MakeWorld) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from kvstore.block_pool import BlockPool
+from kvstore.scope import Region, ScopeRoot
 from pando.errors import ConfigError
 from tests.oracle import make_checkpoint, oracle_logits
 from tests.runner_driver import Driven, Driver, load, random_tokens
+from worker.admission import SchedulerLimits
+from worker.batch import SamplingParams
 from worker.layers.rotary import RotaryEmbedding, inverse_frequencies
 from worker.model_runner import ModelRunner
 from worker.models.config import ModelConfig, Rope, read_config, with_window
+from worker.scheduler import Scheduler
+from worker.sequence import SequenceRequest
 
 FAMILIES = ("llama3", "qwen3", "mistral", "qwen2-mixed")
 LENGTH = 130
@@ -162,6 +169,40 @@ def test_generation_goes_on_at_constant_memory_in_any_batch(small: Path) -> None
     assert again.tokens == first.tokens
     assert held <= 6
     assert runner.spec.max_model_len > 10**9
+    runner.close()
+
+
+def test_the_scheduler_takes_prompts_and_answers_longer_than_the_pool(small: Path) -> None:
+    runner = load(small, window=64, sinks=4, device_blocks=44)
+    runner.cache.blocks.fill_(torch.nan)
+    tokens = random_tokens(500, seed=7)
+    limits = SchedulerLimits(32, 4, 10, runner.spec.max_model_len, window=64, sinks=4)
+    pool = BlockPool(44, BLOCK)  # of 352 positions
+    scheduler = Scheduler(pool, limits)
+    region = (Region(ScopeRoot(bytes(16)), None),)
+    for number, length in enumerate((500, 20)):
+        prompt = array("I", tokens[:length])
+        scheduler.submit(SequenceRequest(number, prompt, length, region, SamplingParams(max_tokens=300)), 0.0)
+    found: list[list[int]] = [[], []]
+    while scheduler.num_sequences:
+        batch = scheduler.schedule(0.0)
+        assert batch is not None
+        scheduler.complete(batch, runner.execute(batch))
+        for output in scheduler.take_outputs():
+            found[output.sequence_id] += output.token_ids
+    for length, answer in zip((500, 20), found, strict=True):
+        assert len(answer) == 300 or answer[-1] in runner.spec.eos_token_ids
+        driver = Driver(runner, length)
+        driven = driver.start(tokens[:32])
+        for end in range(32, length, 32):
+            driven.tokens = tokens[:end]
+            driver.logits(driven)
+            give_back(driver, driven)
+        driven.tokens = tokens[:length]
+        for _ in answer:
+            driver.step([driven])
+            give_back(driver, driven)
+        assert driven.tokens[length:] == answer
     runner.close()
 
 
