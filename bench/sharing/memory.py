@@ -13,8 +13,8 @@ from bench.sharing.finding import Claim, Finding
 class MemoryShape:
     """Pools of these numbers of blocks, each measured in so many rounds."""
 
-    blocks: tuple[int, ...] = (1 << 10, 1 << 14, 1 << 17, 1 << 20)
-    rounds: int = 3
+    blocks: tuple[int, ...] = (1 << 10, 1 << 15, 1 << 20)
+    rounds: int = 2
 
 
 def run(shape: MemoryShape, say: Callable[[str], None]) -> Finding:

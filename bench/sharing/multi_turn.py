@@ -14,7 +14,8 @@ from worker.batch import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class MultiTurnShape:
-    """`conversations` take turns, `at_once` of them side by side. At the end they are `times` the device pool."""
+    """`conversations` go on in another order each turn, `at_once` of them side by side. At the end they are `times` the
+    device pool; in one order for all turns nothing would be left when it is wanted again."""
 
     conversations: int = 24
     turns: int = 6
@@ -69,7 +70,7 @@ def run(shape: MultiTurnShape, worker: WorkerShape, say: Callable[[str], None]) 
     return Finding(
         "multi_turn",
         f"{shape.conversations} conversations of {shape.turns} turns, {shape.question} tokens asked and {shape.answer} "
-        f"answered a turn after {shape.first}, {shape.at_once} at once; {whole} blocks in all, "
+        f"answered a turn after {shape.first}, {shape.at_once} at once in random order; {whole} blocks in all, "
         f"{small.num_blocks} on the device, {kinds['CPU tier'].cpu_blocks} in CPU memory",
         tuple(rows),
         (
@@ -85,8 +86,9 @@ def _talk(shape: MultiTurnShape, one: LocalWorker) -> list[list[int]]:
     texts = [random_tokens(rng, shape.first) for _ in range(shape.conversations)]
     answers = []
     for _ in range(shape.turns):
+        order = rng.sample(range(shape.conversations), shape.conversations)
         for at in range(0, shape.conversations, shape.at_once):
-            now = range(at, min(at + shape.at_once, shape.conversations))
+            now = order[at : at + shape.at_once]
             numbers = {}
             for index in now:
                 texts[index] = texts[index] + random_tokens(rng, shape.question)

@@ -83,7 +83,7 @@ def run(shape: TenantsShape, worker: WorkerShape, say: Say) -> Finding:
             Claim("tokens of the head computed, all tenants together", heads["published head"], "=", shape.head),
             Claim("hit ratio, % of the run in one scope", ratio, ">=", 95.0),
             Claim(f"of {shape.probes} probes, hits past the border", leaks, "=", 0),
-            Claim("the same probes by their owners, % that find more than the head", own, "=", 100.0),
+            Claim("prompts sent by their owners (1000 or as many as probes), % found past the head", own, "=", 100.0),
         ),
     )
 

@@ -180,14 +180,17 @@ async def test_a_prompt_goes_where_it_was_and_what_was_predicted_is_found(
                 again = await router.ask("a", token_ids)
                 assert again[0].worker == first[0].worker
                 assert again[0].admission is not None
-                assert again[0].admission.cached_device == again[0].predicted_cached == full_blocks(400 + seed)
+                # Whole blocks are predicted; the worker also takes the start of the next one.
+                assert again[0].predicted_cached == full_blocks(400 + seed)
+                assert full_blocks(400 + seed) <= again[0].admission.cached_device < 400 + seed
                 assert tokens_of(again) == tokens_of(first)
         # Another router, which has only the index, says the same.
         await router.until(lambda: sum(map(router.index.num_blocks, router.index.workers())) >= 6 * 25)
         async with router_on(_shared_redis.url) as other:
             found = await other.ask("a", prompt(3, 403))
             assert found[0].predicted_cached == full_blocks(403)
-            assert found[0].admission is not None and found[0].admission.cached_device == full_blocks(403)
+            assert found[0].admission is not None
+            assert full_blocks(403) <= found[0].admission.cached_device < 403
 
 
 async def test_tenants_never_share(workers: dict[str, WorkerChild], _shared_redis: Any) -> None:
