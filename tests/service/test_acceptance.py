@@ -22,7 +22,6 @@ from pando.v1 import admin_pb2, admin_pb2_grpc
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
-BLOCK = 16
 SYSTEM = "You are a careful assistant that answers questions about the Python standard library. " * 8
 
 
@@ -96,9 +95,9 @@ def eventually_cached(fleet: Running, tenant: str, text: str) -> int:
     return 0
 
 
-def full_blocks(num_tokens: int) -> int:
-    """Most tokens of a prompt that a hit can give: full blocks, with one token left to compute."""
-    return (num_tokens - 1) // BLOCK * BLOCK
+def reusable(num_tokens: int) -> int:
+    """What a prompt that was asked before finds cached: all of it, with one token left to compute."""
+    return num_tokens - 1
 
 
 def test_a_repeated_prompt_is_cached_and_another_tenants_is_not(fleet: Running) -> None:
@@ -106,12 +105,12 @@ def test_a_repeated_prompt_is_cached_and_another_tenants_is_not(fleet: Running) 
     first = ask(fleet, "alice", prompt)
     assert first.usage.cached_tokens == 0
     again = ask(fleet, "alice", prompt)
-    assert again.usage.cached_tokens == full_blocks(first.usage.prompt_tokens)
+    assert again.usage.cached_tokens == reusable(first.usage.prompt_tokens)
     other = ask(fleet, "bob", prompt)
     assert other.usage.cached_tokens == 0
     assert first.text == again.text == other.text
-    assert ask(fleet, "alice", prompt).usage.cached_tokens == full_blocks(first.usage.prompt_tokens)
-    assert ask(fleet, "bob", prompt).usage.cached_tokens == full_blocks(first.usage.prompt_tokens)
+    assert ask(fleet, "alice", prompt).usage.cached_tokens == reusable(first.usage.prompt_tokens)
+    assert ask(fleet, "bob", prompt).usage.cached_tokens == reusable(first.usage.prompt_tokens)
 
 
 def test_greedy_text_is_the_same_alone_in_a_batch_after_a_hit_and_on_either_worker(fleet: Running) -> None:
@@ -211,7 +210,7 @@ def test_a_killed_worker_returns_with_a_new_epoch_and_an_empty_cache(fleet: Runn
     assert after.usage.predicted_cached_tokens == 0
     assert after.usage.cached_tokens == 0
     assert after.text == first.text
-    assert eventually_cached(fleet, "carol", prompt) == full_blocks(first.usage.prompt_tokens)
+    assert eventually_cached(fleet, "carol", prompt) == reusable(first.usage.prompt_tokens)
 
 
 def _wait_for_new_epoch(fleet: Running, victim: admin_pb2.Worker) -> admin_pb2.Worker:

@@ -100,7 +100,7 @@ def refused(outcome: Outcome, command: str, says: str, code: int = 2) -> None:
         (["up", "--redis", "127.0.0.1:6379", *FREE_PORTS], "redis://"),
         (["up", "--ray", "127.0.0.1:1", *FREE_PORTS], "--redis"),
         (["up", "--block-size", "0", *FREE_PORTS], "--block-size must be 1 or more"),
-        (["up", "--cpu-blocks", "5", *FREE_PORTS], "--cpu-blocks must be 0"),
+        (["up", "--sinks", "5", *FREE_PORTS], "--sinks needs --window"),
         (["up", "--max-model-len", "999999", *FREE_PORTS], "--max-model-len 999999 is over the model's own"),
         (["up", "--max-model-len", "999999", "--runner", "simulated", *FREE_PORTS], "--max-model-len 999999"),
         (["up", "--max-model-len", "100", "--device-blocks", "2", *FREE_PORTS], "32 positions of --device-blocks"),

@@ -429,7 +429,7 @@ async def test_a_purge_says_by_count_what_it_forgot_and_ends_what_runs(start: Ca
 
 @pytest.mark.asyncio
 async def test_the_cpu_tier_gives_back_what_left_the_device(start: Callable[..., WorkerReady]) -> None:
-    ready = start(cpu_blocks=512, device_blocks=64, simulated_prefill_tokens_per_s=5e4)
+    ready = start(cpu_blocks=512, device_blocks=64, max_model_len=1024, simulated_prefill_tokens_per_s=5e4)
     prompts = [[i + 5, *range(100, 500)] for i in range(6)]
     async with session(ready) as router:
         for sequence, prompt in enumerate([*prompts, *prompts]):
