@@ -73,8 +73,12 @@ class Comparison:
 
     @property
     def all_blocks_hit(self) -> bool:
-        """Whether every request of the second wave found all full blocks of its system prompt, and at most a part more."""
-        return all(m.cached_tokens >= self.full_block_tokens for m in self.shared.of_wave(1))
+        """Whether every request of the second wave found all full blocks of its system prompt.
+
+        More than a part of the block behind them would be somebody else's.
+        """
+        least = self.full_block_tokens
+        return all(least <= m.cached_tokens < least + self.block_size for m in self.shared.of_wave(1))
 
     @property
     def equal_answers(self) -> int:

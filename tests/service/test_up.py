@@ -304,7 +304,9 @@ def test_the_demo_compares_and_leaves_nothing() -> None:
         assert command.left() == {}
     finally:
         command.close()
-    assert document["second_wave"] == {"full_block_tokens": 1024, "cached_tokens": [1024], "all_blocks_hit": True}
+    second_wave = document["second_wave"]
+    assert second_wave["full_block_tokens"] == 1024 and second_wave["all_blocks_hit"]
+    assert all(1024 <= cached < 1024 + 16 for cached in second_wave["cached_tokens"])
     assert document["with_reuse"]["total"]["requests"] == document["equal_answers"] == 64
     assert document["without_reuse"]["total"]["cached_tokens"] == 0
     assert document["ttft_ratio"] < 1
