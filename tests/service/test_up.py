@@ -252,8 +252,9 @@ def test_a_signal_while_starting_ends_everything(after_s: float) -> None:
     try:
         time.sleep(after_s)
         code = command.end(signal.SIGTERM)
-        assert code in (128 + signal.SIGTERM, -signal.SIGTERM)
-        assert command.left() == {}
+        # For a moment of its start Ray has had a handler that aborts; then sweepers and death signals clean up.
+        assert code in (128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGABRT)
+        until(lambda: command.left() == {})
     finally:
         command.close()
 
