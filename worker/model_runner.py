@@ -137,6 +137,7 @@ class ModelRunner:
             inputs.query_lens,
             inputs.context_lens,
             inputs.block_tables,
+            num_heads=self.decoder.config.num_heads,
             windows=self._windows,
             sinks=self._sinks,
         )

@@ -1,0 +1,224 @@
+"""The Triton kernels' work of one step, planned on the host from lengths and block tables, used by every layer.
+
+Knows numbers only. Invariant: the items of a token cover what it sees exactly once, and where a token has several, its
+part slots name each of them once. A part slot is room for a result of one token that is not complete.
+
+A decode item is 8 numbers:   token, table row, start, end, slot, scores sinks, first of the part slots, how many
+A wide item is 12 numbers:    first and count of `tokens`, table row, start, end of the keys that all rows see (full
+                              tiles), end, slot of the first token or -1, most and fewest positions a key may be
+                              before a row's own, scores sinks, and for the host: number of the tile, is a node
+Part slots of a token:        how many of them wide items fill, those, then those that decode items fill
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kernels.configs import Tuning
+from kernels.prefix_tree import Node, Shape, shared_nodes
+from kernels.step import Ints, Step
+
+FAR = 1 << 30
+FIRST, COUNT, SEQUENCE, START, FULL, END, SLOT, MOST, FEWEST, SINKS, TILE, NODE = range(12)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkList:
+    """All attention of a step for layers with one window."""
+
+    decode: Ints  # [num_items, 8]
+    wide: Ints  # [num_items, 12]
+    tokens: Ints  # those of wide items
+    part_slots: Ints
+    merges: Ints  # [num_merges, 3]: token without decode items, first of its part slots, how many
+    num_slots: int
+    rows: int  # of a wide item: room for num_heads // num_kv_heads of each token
+
+
+def work_list(step: Step, num_heads: int, window: int | None, sinks: int, tuning: Tuning) -> WorkList:
+    """Plan layers with this window. Raises ValueError where a table has a hole that is read."""
+    _check_holes(step, window, sinks)
+    group = num_heads // step.num_kv_heads
+    members = np.flatnonzero(step.query_lens == 1)
+    nodes = _nodes(step, members, num_heads, tuning) if window is None and tuning.share else []
+    rows = _rows(step, nodes, group, tuning)
+    spans = [_prompt(step, int(i), window, sinks, rows // group) for i in np.flatnonzero(step.query_lens > 1)]
+    spans, tokens = _with_nodes(step, spans, nodes, members, rows // group)
+    wide = _wide_pieces(spans, step.num_kv_heads, tuning)
+    wide_tokens, wide_slots = _filled(wide, tokens)
+    decode = _decode_pieces(step, members, _covered(step, nodes, members), (window, sinks), tuning)
+    return _assembled(decode, (wide, tokens, rows), (wide_tokens, wide_slots))
+
+
+def _check_holes(step: Step, window: int | None, sinks: int) -> None:
+    column = np.arange(step.block_tables.shape[1])[None, :]
+    seen = step.seen(window)
+    read = (column >= (seen.first // step.block_size)[:, None]) & (column * step.block_size < seen.end[:, None])
+    if window is not None and sinks:
+        read |= column * step.block_size < step.seen_sinks(window, sinks).end[:, None]
+    if (step.block_tables[read] < 0).any():
+        raise ValueError("a block table has a hole where it is read")
+
+
+def _nodes(step: Step, members: Ints, num_heads: int, tuning: Tuning) -> list[Node]:
+    """What decoding sequences share. The block that a token is written to is its own."""
+    shape = Shape(num_heads, step.num_kv_heads, step.head_dim, step.block_size, step.dtype.itemsize)
+    lengths = (step.context_lens[members] - 1) // step.block_size
+    return shared_nodes(step.block_tables[members], lengths, shape, tuning)
+
+
+def _rows(step: Step, nodes: list[Node], group: int, tuning: Tuning) -> int:
+    widest = max([int(step.query_lens.max(initial=0)), *(len(node.rows) for node in nodes)])
+    return int(max(min(64, tuning.wide.rows) if widest * group <= 64 else tuning.wide.rows, 1 << (group - 1).bit_length()))
+
+
+def _prompt(step: Step, sequence: int, window: int | None, sinks: int, tile_tokens: int) -> Ints:
+    """What the queries of a sequence that computes several tokens see, a tile of them at a time: wide items."""
+    count = int(step.query_lens[sequence])
+    begin = np.arange(0, count, tile_tokens)
+    spans = np.zeros((len(begin), 12), dtype=np.int64)
+    spans[:, FIRST] = step.query_starts[sequence] + begin
+    spans[:, COUNT] = np.minimum(tile_tokens, count - begin)
+    spans[:, SEQUENCE] = sequence
+    first = int(step.context_lens[sequence]) - count + begin  # position of a tile's first query
+    spans[:, END] = first + spans[:, COUNT]
+    spans[:, TILE] = np.arange(len(begin))
+    spans[:, MOST] = FAR
+    if window is None:
+        spans[:, FULL] = first + 1
+        return spans
+    spans[:, START] = spans[:, FULL] = np.maximum(0, first - window + 1)
+    spans[:, MOST] = window - 1
+    far = spans.copy()
+    far[:, START] = far[:, FULL] = 0
+    far[:, END] = np.minimum(sinks, spans[:, END] - window)
+    far[:, MOST], far[:, FEWEST], far[:, SINKS] = FAR, window, 1
+    return np.concatenate((spans, far[far[:, END] > 0]))
+
+
+def _with_nodes(
+    step: Step, prompts: list[Ints], nodes: list[Node], members: Ints, tile_tokens: int
+) -> tuple[Ints, Ints]:
+    """All wide items, uncut, and the tokens they name."""
+    spans, tokens, known = [np.zeros((0, 12), dtype=np.int64)], [np.arange(step.num_tokens)], step.num_tokens
+    tiles = 0
+    for prompt in prompts:
+        prompt[:, TILE] += tiles
+        tiles = int(prompt[:, TILE].max()) + 1
+        spans.append(prompt)
+    for node in nodes:
+        begin = np.arange(0, len(node.rows), tile_tokens)
+        made = np.zeros((len(begin), 12), dtype=np.int64)
+        made[:, FIRST], made[:, COUNT] = known + begin, np.minimum(tile_tokens, len(node.rows) - begin)
+        made[:, SEQUENCE] = members[node.rows[0]]
+        made[:, START], made[:, END] = node.first * step.block_size, node.end * step.block_size
+        made[:, FULL] = made[:, END]
+        made[:, MOST], made[:, FEWEST], made[:, NODE] = FAR, -FAR, 1
+        made[:, TILE] = tiles + np.arange(len(begin))
+        tiles += len(begin)
+        spans.append(made)
+        tokens.append(step.query_starts[members[node.rows]])
+        known += len(node.rows)
+    return np.concatenate(spans), np.concatenate(tokens)
+
+
+def _wide_pieces(spans: Ints, num_kv_heads: int, tuning: Tuning) -> Ints:
+    """Cut long ranges while processors would be idle; long pieces first. Assigns slots."""
+    if not len(spans):
+        return spans
+    tile = tuning.wide.tile
+    most = max(1, -(-tuning.processor.multiprocessors // (len(spans) * num_kv_heads)))
+    length = spans[:, END] - spans[:, START]
+    spans[:, FULL] = spans[:, START] + (spans[:, FULL] - spans[:, START]) // tile * tile
+    size = _even(length, np.clip(-(-length // tuning.wide.shortest), 1, most), tile)
+    owner, number = _expanded(-(-length // size))
+    pieces = spans[owner]
+    pieces[:, START] += number * size[owner]
+    pieces[:, END] = np.minimum(pieces[:, START] + size[owner], pieces[:, END])
+    pieces[:, FULL] = np.clip(pieces[:, FULL], pieces[:, START], pieces[:, END])
+    in_part = (np.bincount(pieces[:, TILE])[pieces[:, TILE]] > 1) | (pieces[:, NODE] > 0)
+    needed = pieces[:, COUNT] * in_part
+    pieces[:, SLOT] = np.where(in_part, np.cumsum(needed) - needed, -1)
+    return pieces[np.argsort(pieces[:, START] - pieces[:, END], kind="stable")]
+
+
+def _filled(wide: Ints, tokens: Ints) -> tuple[Ints, Ints]:
+    """The tokens of wide items that leave parts, and the slots they fill."""
+    partial = wide[wide[:, SLOT] >= 0]
+    owner, number = _expanded(partial[:, COUNT])
+    return tokens[partial[owner, FIRST] + number], partial[owner, SLOT] + number
+
+
+def _covered(step: Step, nodes: list[Node], members: Ints) -> Ints:
+    """Positions of each decoding sequence that nodes have read: [len(members)]."""
+    covered = np.zeros(len(members), dtype=np.int64)
+    for node in nodes:
+        covered[node.rows] = np.maximum(covered[node.rows], node.end * step.block_size)
+    return covered
+
+
+def _decode_pieces(
+    step: Step, members: Ints, covered: Ints, window_sinks: tuple[int | None, int], tuning: Tuning
+) -> Ints:
+    """Items without slots, those of a token one after the other."""
+    window, sinks = window_sinks
+    seen = step.seen(window)
+    start, end = np.maximum(covered, seen.first[members]), step.context_lens[members]
+    owner, for_sinks = np.arange(len(members)), np.zeros(len(members), dtype=np.int64)
+    if window is not None and sinks:
+        far = step.seen_sinks(window, sinks).end[members]
+        longer = np.flatnonzero(far > 0)
+        owner, for_sinks = np.concatenate((owner, longer)), np.repeat([0, 1], [len(owner), len(longer)])
+        start, end = np.concatenate((start, np.zeros_like(longer))), np.concatenate((end, far[longer]))
+    length = end - start
+    config = tuning.decode
+    share = int(length.sum()) * step.num_kv_heads // (config.waves * tuning.processor.multiprocessors)
+    size = _even(length, -(-length // min(max(share, config.shortest), config.longest)), config.tile)
+    span, number = _expanded(-(-length // size))
+    pieces = np.zeros((len(span), 8), dtype=np.int64)
+    pieces[:, 0] = step.query_starts[members][owner[span]]
+    pieces[:, 1] = members[owner[span]]
+    pieces[:, 2] = start[span] + number * size[span]
+    pieces[:, 3] = np.minimum(pieces[:, 2] + size[span], end[span])
+    pieces[:, 5] = for_sinks[span]
+    return pieces[np.argsort(pieces[:, 0], kind="stable")]
+
+
+def _assembled(decode: Ints, wide: tuple[Ints, Ints, int], filled: tuple[Ints, Ints]) -> WorkList:
+    """Give decode items their slots, and every token with several parts the list of them."""
+    items, tokens, rows = wide
+    wide_tokens, wide_slots = filled
+    several = np.bincount(decode[:, 0])[decode[:, 0]] > 1 if len(decode) else np.zeros(0, dtype=np.bool_)
+    several |= np.isin(decode[:, 0], wide_tokens)
+    decode[:, 4] = np.where(several, len(wide_slots) + np.cumsum(several) - 1, 0)
+    owners = np.concatenate((wide_tokens, decode[several, 0]))
+    slots = np.concatenate((wide_slots, decode[several, 4]))
+    order = np.argsort(owners, kind="stable")
+    unique, first, count = np.unique(owners[order], return_index=True, return_counts=True)
+    head = first + np.arange(len(unique))
+    by_wide = np.bincount(np.searchsorted(unique, wide_tokens), minlength=len(unique))
+    part_slots = np.zeros(len(slots) + len(unique), dtype=np.int64)
+    part_slots[head] = by_wide
+    part_slots[np.arange(len(slots)) + 1 + np.repeat(np.arange(len(unique)), count)] = slots[order]
+    decode[:, 7] = 1
+    if len(unique):
+        at = np.minimum(np.searchsorted(unique, decode[:, 0]), len(unique) - 1)
+        decode[:, 6] = np.where(several, head[at], 0)
+        decode[:, 7] = np.where(several, count[at], 1)
+    alone = by_wide == count
+    merges = np.stack((unique[alone], head[alone] + 1, count[alone]), axis=1)
+    return WorkList(decode, items, tokens, part_slots, merges, len(slots), rows)
+
+
+def _even(length: Ints, pieces: Ints, tile: int) -> Ints:
+    """The size of each piece where a length is cut into about so many, in whole tiles."""
+    size: Ints = (-(-length // pieces) + tile - 1) // tile * tile
+    return np.maximum(size, tile)
+
+
+def _expanded(counts: Ints) -> tuple[Ints, Ints]:
+    """For `counts[i]` things of each owner i: the owner of each thing, and its number among the owner's."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
