@@ -141,7 +141,7 @@ def rotary_write_kv(
     heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer_kv: torch.Tensor, plan: AttentionPlan
 ) -> None:
     """`rotary_` of the queries in `heads[num_tokens, num_heads + 2 * num_kv_heads, head_dim]` (queries, keys, values),
-    in place, and `write_kv` of the keys, rotated too, and the values. What is left in the place of keys is undefined."""
+    in place, and `write_kv` of the keys, rotated too, and the values. The keys' own place is undefined after."""
     _operations(heads).rotary_write_kv(heads, cos, sin, layer_kv, plan)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from kernels.device_plan import DevicePlan, DeviceWork, plan_attention
+from kernels.device_plan import DevicePlan, plan_attention
 from kernels.jit.decode import decode_kernel, merge_kernel
 from kernels.jit.rows import head_norm_kernel, norm_kernel, silu_mul_kernel, write_kernel
 from kernels.jit.wide import wide_kernel
@@ -77,7 +77,7 @@ def _attend(
         wide_kernel[num_kv_heads, len(work.wide)](
             out, query, scorer, layer_kv, plan.tables, work.wide, work.tokens, plan.positions,
             plan.parts, plan.states, *numbers, **shape, **loop, ROWS=work.rows, TILE=wide.tile,
-            num_warps=wide.num_warps, num_stages=wide.num_stages,
+            num_warps=wide.num_warps if work.rows > 64 else 4, num_stages=wide.num_stages,
         )  # fmt: skip
     if len(work.decode):
         decode = plan.tuning.decode

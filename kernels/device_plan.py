@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -20,12 +21,12 @@ from kernels.work_list import WorkList, work_list
 class DeviceWork:
     """A `WorkList` on the device."""
 
+    rows: int
     decode: torch.Tensor
     wide: torch.Tensor
     tokens: torch.Tensor
     part_slots: torch.Tensor
     merges: torch.Tensor
-    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,8 @@ def plan_attention(
     tables = np.ascontiguousarray(step.block_tables[:, :columns])
     sent = _sent([slots, step.positions()[1], tables, *_arrays(lists)], step.device)
     works = [
-        DeviceWork(*sent[3 + 5 * index : 8 + 5 * index], made.rows) for index, made in enumerate(lists.values())
+        DeviceWork(made.rows, *sent[index : index + 5])
+        for made, index in zip(lists.values(), count(3, 5), strict=False)
     ]
     most = max(made.num_slots for made in lists.values())
     return DevicePlan(
@@ -94,7 +96,8 @@ def _tuning(step: Step) -> Tuning:
 
 
 def _arrays(lists: Mapping[int | None, WorkList]) -> list[Ints]:
-    return [part for made in lists.values() for part in (made.decode, made.wide, made.tokens, made.part_slots, made.merges)]
+    made = lists.values()
+    return [part for of in made for part in (of.decode, of.wide, of.tokens, of.part_slots, of.merges)]
 
 
 def _sent(arrays: list[Ints], device: torch.device) -> list[torch.Tensor]:

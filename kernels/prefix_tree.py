@@ -1,12 +1,13 @@
 """Which blocks several sequences of a step have in common, and whether it pays to read those once for all of them.
 
-Knows block numbers only: two sequences share a prefix if and only if their tables begin with the same blocks. Invariant:
+Knows block numbers only: sequences share a prefix if and only if their tables begin with the same blocks. Invariant:
 a block is in at most one node on a sequence's path, and the nodes on a path follow one another without a gap.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def shared_nodes(tables: Ints, lengths: Ints, shape: Shape, tuning: Tuning) -> l
                 chosen.append(Node(np.sort(order[low:high]), first, end))
                 saved, first = saved + gain, end
         edges = [low, *cuts, high]
-        pending += [(a, b, first) for a, b in zip(edges, edges[1:], strict=False) if b - a > 1]
+        pending += [(a, b, first) for a, b in pairwise(edges) if b - a > 1]
     return chosen if saved > tuning.processor.launch else []
 
 

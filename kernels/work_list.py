@@ -44,8 +44,8 @@ def work_list(step: Step, num_heads: int, window: int | None, sinks: int, tuning
     members = np.flatnonzero(step.query_lens == 1)
     nodes = _nodes(step, members, num_heads, tuning) if window is None and tuning.share else []
     rows = _rows(step, nodes, group, tuning)
-    spans = [_prompt(step, int(i), window, sinks, rows // group) for i in np.flatnonzero(step.query_lens > 1)]
-    spans, tokens = _with_nodes(step, spans, nodes, members, rows // group)
+    prompts = [_prompt(step, int(i), window, sinks, rows // group) for i in np.flatnonzero(step.query_lens > 1)]
+    spans, tokens = _with_nodes(step, prompts, nodes, members, rows // group)
     wide = _wide_pieces(spans, step.num_kv_heads, tuning)
     wide_tokens, wide_slots = _filled(wide, tokens)
     decode = _decode_pieces(step, members, _covered(step, nodes, members), (window, sinks), tuning)
@@ -71,7 +71,8 @@ def _nodes(step: Step, members: Ints, num_heads: int, tuning: Tuning) -> list[No
 
 def _rows(step: Step, nodes: list[Node], group: int, tuning: Tuning) -> int:
     widest = max([int(step.query_lens.max(initial=0)), *(len(node.rows) for node in nodes)])
-    return int(max(min(64, tuning.wide.rows) if widest * group <= 64 else tuning.wide.rows, 1 << (group - 1).bit_length()))
+    rows = min(64, tuning.wide.rows) if widest * group <= 64 else tuning.wide.rows
+    return int(max(rows, 1 << (group - 1).bit_length()))
 
 
 def _prompt(step: Step, sequence: int, window: int | None, sinks: int, tile_tokens: int) -> Ints:

@@ -65,7 +65,7 @@ def decode_kernel(
         offsets = key_offsets(table, positions, live, block_stride, HEAD_DIM, BLOCK_SIZE)
         keys = load_rows(keys_of, offsets, live, HEAD_DIM, DIM, True)
         values = load_rows(values_of, offsets, live, HEAD_DIM, DIM, True)
-        scores = tl.dot(rows_of, tl.trans(keys), input_precision="ieee") * scale
+        scores = tl.dot(rows_of, tl.trans(keys), input_precision="tf32x3") * scale
         scores = tl.where(live[None, :], scores, -float("inf"))
         accumulator, total, largest = accumulate(scores, values, accumulator, total, largest, False)
     result, state = finished(accumulator, total, largest)

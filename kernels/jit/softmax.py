@@ -1,6 +1,6 @@
 """One tile's step of a running softmax over paged keys, and the merge of partial results: shared by both attentions.
 
-Scores are in base 2 (the scale holds log2 e). Invariant: a masked position is not loaded, so what is there never matters.
+Scores are in base 2 (the scale holds log2 e). Invariant: a masked position is not loaded, whatever it holds.
 """
 
 import triton
@@ -37,7 +37,7 @@ def accumulate(scores, values, accumulator, total, largest, MASKED: tl.constexpr
     fade = tl.exp2(largest - shift)
     total = total * fade + tl.sum(weights, 1)
     accumulator = accumulator * fade[:, None]
-    accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
+    accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="tf32x3")
     return accumulator, total, new_largest
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import device, reference
+from kernels import device
 from kernels.configs import DecodeConfig, Processor, Tuning, WideConfig
 from tests.kernel_cases import CASES, Case, leave_window, make_problem
 
