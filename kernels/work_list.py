@@ -21,6 +21,7 @@ from kernels.prefix_tree import Node, Shape, shared_nodes
 from kernels.step import Ints, Step
 
 FAR = 1 << 30
+PART_KEYS = 90  # to write and read a part takes about as long as so many more keys
 FIRST, COUNT, SEQUENCE, START, FULL, END, SLOT, MOST, FEWEST, SINKS, TILE, NODE = range(12)
 
 
@@ -126,12 +127,12 @@ def _with_nodes(
 
 
 def _wide_pieces(spans: Ints, num_kv_heads: int, tuning: Tuning) -> Ints:
-    """Cut long ranges while processors would be idle; long pieces first. Assigns slots."""
+    """Cut long ranges where processors would be idle; long pieces first. Assigns slots."""
     if not len(spans):
         return spans
     tile = tuning.wide.tile
-    most = max(1, -(-tuning.processor.multiprocessors // (len(spans) * num_kv_heads)))
     length = spans[:, END] - spans[:, START]
+    most = _cuts(len(spans) * num_kv_heads, float(length.mean()), tuning)
     spans[:, FULL] = spans[:, START] + (spans[:, FULL] - spans[:, START]) // tile * tile
     size = _even(length, np.clip(-(-length // tuning.wide.shortest), 1, most), tile)
     owner, number = _expanded(-(-length // size))
@@ -143,6 +144,16 @@ def _wide_pieces(spans: Ints, num_kv_heads: int, tuning: Tuning) -> Ints:
     needed = pieces[:, COUNT] * in_part
     pieces[:, SLOT] = np.where(in_part, np.cumsum(needed) - needed, -1)
     return pieces[np.argsort(pieces[:, START] - pieces[:, END], kind="stable")]
+
+
+def _cuts(programs: int, length: float, tuning: Tuning) -> int:
+    """Into how many pieces it is best to cut so many programs of about one length, counted in keys: the processors
+    take them in rounds, and every piece leaves a part to be written and read."""
+    multiprocessors = tuning.processor.multiprocessors
+    most = max(1, min(-(-2 * multiprocessors // programs), int(length) // tuning.wide.shortest))
+    costs = {cuts: -(-programs * cuts // multiprocessors) * (length / cuts + PART_KEYS) for cuts in range(2, most + 1)}
+    costs[1] = -(-programs // multiprocessors) * length
+    return min(sorted(costs), key=lambda cuts: costs[cuts])
 
 
 def _filled(wide: Ints, tokens: Ints) -> tuple[Ints, Ints]:

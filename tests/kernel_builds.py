@@ -62,7 +62,7 @@ def build(kernel: Any, constants: dict[str, Any], options: dict[str, int]) -> di
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else _kind(name)
-        if name not in constants and signature[name] != "fp32":
+        if name not in constants and signature[name] != "fp32" and name != "table_stride":
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

@@ -9,7 +9,7 @@ import triton.language as tl
 from kernels.jit.softmax import accumulate, finished, key_offsets, load_rows, merged
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])  # it changes from step to step: one build for all
 def decode_kernel(
     out,  # [num_tokens, num_heads, head_dim]
     query,  # [num_tokens, num_heads, head_dim], rows query_stride apart

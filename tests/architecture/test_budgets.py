@@ -31,7 +31,7 @@ def functions(path: Path) -> Iterator[Function]:
 
 
 def is_kernel(function: Function) -> bool:
-    return any(ast.unparse(decorator) == "triton.jit" for decorator in function.decorator_list)
+    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
 
 
 def length(function: Function) -> int:
