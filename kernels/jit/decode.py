@@ -65,9 +65,9 @@ def decode_kernel(
         offsets = key_offsets(table, positions, live, block_stride, HEAD_DIM, BLOCK_SIZE)
         keys = load_rows(keys_of, offsets, live, HEAD_DIM, DIM, True)
         values = load_rows(values_of, offsets, live, HEAD_DIM, DIM, True)
-        scores = tl.dot(rows_of, tl.trans(keys), input_precision="tf32x3") * scale
+        scores = tl.dot(rows_of, tl.trans(keys), input_precision="tf32x3")
         scores = tl.where(live[None, :], scores, -float("inf"))
-        accumulator, total, largest = accumulate(scores, values, accumulator, total, largest, False)
+        accumulator, total, largest = accumulate(scores, scale, values, accumulator, total, largest, False)
     result, state = finished(accumulator, total, largest)
 
     dims = tl.arange(0, DIM)

