@@ -41,5 +41,5 @@ def sdpa_microseconds(setting: Setting) -> float | None:
 def _or_none(measure: Callable[[], float]) -> float | None:
     try:
         return measure()
-    except (RuntimeError, NotImplementedError):  # no kernel of torch's takes the shape
+    except (RuntimeError, TypeError, ValueError):  # no kernel of torch's takes the shape
         return None

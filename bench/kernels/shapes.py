@@ -16,7 +16,7 @@ from kernels.device_plan import DevicePlan
 
 BLOCK_SIZE = 16
 # Together the layers' KV is far larger than any cache of a processor.
-ROTATED_BYTES = 512 << 20
+ROTATED_BYTES = 2 << 30
 MOST_LAYERS = 64
 
 

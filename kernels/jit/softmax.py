@@ -28,7 +28,7 @@ def key_offsets(table, positions, live, block_stride, HEAD_DIM: tl.constexpr, BL
 
 @triton.jit
 def accumulate(scores, scale, values, accumulator, total, largest, MASKED: tl.constexpr):
-    """Take one tile's `scores[rows, tile]` (before scaling, -inf where not seen) and `values[tile, DIM]` into the state."""
+    """Take one tile's `scores[rows, tile]` (not scaled, -inf where not seen) and `values[tile, DIM]` into the state."""
     new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
     shift = new_largest
     if MASKED:  # a row may have seen nothing yet
