@@ -114,7 +114,7 @@ def _candidates(tuned: Tuning, *, decodes: bool, wide: bool) -> Iterator[Tuning]
     """The current one, then changes of it."""
     yield tuned
     if decodes:
-        loops = ((32, 4, 4), (64, 4, 2), (64, 4, 4), (64, 4, 5), (64, 8, 3), (128, 4, 3), (128, 8, 4))
+        loops = ((64, 4, 2), (64, 4, 4), (32, 4, 3), (32, 4, 5), (32, 2, 4), (128, 4, 2), (128, 8, 3))
         for tile, warps, stages in loops:
             yield replace(tuned, decode=replace(tuned.decode, tile=tile, num_warps=warps, num_stages=stages))
         for longest, waves in ((256, 4), (1024, 4), (1024, 2), (512, 8), (2048, 8)):

@@ -6,7 +6,7 @@ The last range of a token to finish merges all of them. Invariant: every counter
 import triton
 import triton.language as tl
 
-from kernels.jit.softmax import accumulate, finished, key_offsets, load_rows, merged
+from kernels.jit.softmax import accumulate, finished, load_rows, merged
 
 
 @triton.jit(do_not_specialize=["table_stride"])  # it changes from step to step: one build for all
@@ -59,10 +59,15 @@ def decode_kernel(
     accumulator = tl.zeros([ROWS, DIM], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     largest = tl.full([ROWS], -float("inf"), tl.float32)
+    # Block numbers are loaded one step ahead, so that copies of keys and values may run several steps ahead.
+    ahead = start + tl.arange(0, TILE)
+    blocks = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
     for position in range(start, end, TILE):
         positions = position + tl.arange(0, TILE)
         live = positions < end
-        offsets = key_offsets(table, positions, live, block_stride, HEAD_DIM, BLOCK_SIZE)
+        offsets = blocks.to(tl.int64) * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
+        ahead = positions + TILE
+        blocks = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
         keys = load_rows(keys_of, offsets, live, HEAD_DIM, DIM, True)
         values = load_rows(values_of, offsets, live, HEAD_DIM, DIM, True)
         scores = tl.dot(rows_of, tl.trans(keys), input_precision="tf32x3")

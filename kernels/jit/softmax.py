@@ -20,13 +20,6 @@ def load_rows(start, offsets, live, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, M
 
 
 @triton.jit
-def key_offsets(table, positions, live, block_stride, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Where one head's vector of each position begins, counted from that head of block 0."""
-    blocks = tl.load(table + positions // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
-    return blocks * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
-
-
-@triton.jit
 def accumulate(scores, scale, values, accumulator, total, largest, MASKED: tl.constexpr):
     """Take one tile's `scores[rows, tile]` (not scaled, -inf where not seen) and `values[tile, DIM]` into the state."""
     new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)

@@ -7,7 +7,7 @@ from its token's position and the item's two distances alone.
 import triton
 import triton.language as tl
 
-from kernels.jit.softmax import accumulate, finished, key_offsets, load_rows
+from kernels.jit.softmax import accumulate, finished, load_rows
 
 
 @triton.jit
@@ -37,10 +37,10 @@ def attend(
         positions = position + tl.arange(0, TILE)
         live = positions < end
         if MASKED:
-            offsets = key_offsets(table, positions, live, block_stride, HEAD_DIM, BLOCK_SIZE)
+            blocks = tl.load(table + positions // BLOCK_SIZE, mask=live, other=0)
         else:
-            blocks = tl.load(table + positions // BLOCK_SIZE).to(tl.int64)
-            offsets = blocks * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
+            blocks = tl.load(table + positions // BLOCK_SIZE)
+        offsets = blocks.to(tl.int64) * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
         keys = load_rows(keys_of, offsets, live, HEAD_DIM, DIM, MASKED)
         scores = tl.dot(rows_of, tl.trans(keys), input_precision="tf32x3")
         values = load_rows(values_of, offsets, live, HEAD_DIM, DIM, MASKED)
