@@ -69,13 +69,13 @@ def _sorted_rows(tables: Ints, lengths: Ints) -> tuple[Ints, Ints]:
     """An order that puts rows with a common beginning together, and how many blocks each has in common with the row
     before it (0 for the first)."""
     width = max(1, int(lengths.max()))
-    rows = tables[:, :width].astype(np.int64)
+    rows = tables[:, :width].astype(np.int32)
     # What may not be shared is made unlike everything else.
-    own = np.arange(width)[None, :] >= lengths[:, None]
-    rows = np.where(own, -2 - np.arange(len(rows))[:, None], rows)
-    text = np.ascontiguousarray(rows.astype(">i4")).view(f"V{4 * width}").ravel()
-    order = np.argsort(text, kind="stable")
-    differs = rows[order][1:] != rows[order][:-1]
+    own, column = np.nonzero(np.arange(width)[None, :] >= lengths[:, None])
+    rows[own, column] = -2 - own
+    order = np.argsort(rows.astype(">i4").view(f"V{4 * width}").ravel(), kind="stable")
+    rows = rows[order]
+    differs = rows[1:] != rows[:-1]
     common = np.where(differs.any(1), differs.argmax(1), width)
     return order, np.concatenate(([0], common))
 

@@ -54,12 +54,12 @@ def work_list(step: Step, num_heads: int, window: int | None, sinks: int, tuning
 
 
 def _check_holes(step: Step, window: int | None, sinks: int) -> None:
-    column = np.arange(step.block_tables.shape[1])[None, :]
-    seen = step.seen(window)
-    read = (column >= (seen.first // step.block_size)[:, None]) & (column * step.block_size < seen.end[:, None])
-    if window is not None and sinks:
-        read |= column * step.block_size < step.seen_sinks(window, sinks).end[:, None]
-    if (step.block_tables[read] < 0).any():
+    column, seen, holes = np.arange(step.block_tables.shape[1])[None, :], step.seen(window), step.block_tables < 0
+    read = column < -(-seen.end // step.block_size)[:, None]
+    if window is not None:
+        read &= column >= (seen.first // step.block_size)[:, None]
+        read |= column < -(-step.seen_sinks(window, sinks).end // step.block_size)[:, None]
+    if (holes & read).any():
         raise ValueError("a block table has a hole where it is read")
 
 
