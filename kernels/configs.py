@@ -49,7 +49,7 @@ class Tuning:
     decode: DecodeConfig = DecodeConfig()
     wide: WideConfig = WideConfig()
     processor: Processor = Processor()
-    share: bool = True  # whether shared prefixes may be read once
+    share: bool | None = None  # whether shared prefixes are read once; None: where it pays
 
 
 def tuning(head_dim: int, itemsize: int, processor: Processor | None = None) -> Tuning:

@@ -57,12 +57,12 @@ def shared_nodes(tables: Ints, lengths: Ints, shape: Shape, tuning: Tuning) -> l
         cuts = (np.flatnonzero(common[low + 1 : high] == end) + low + 1).tolist()
         if end > first:
             gain = _gain(high - low, end - first, shape, tuning)
-            if gain > 0:
+            if gain > 0 or tuning.share:
                 chosen.append(Node(np.sort(order[low:high]), first, end))
                 saved, first = saved + gain, end
         edges = [low, *cuts, high]
         pending += [(a, b, first) for a, b in pairwise(edges) if b - a > 1]
-    return chosen if saved > tuning.processor.launch else []
+    return chosen if saved > tuning.processor.launch or tuning.share else []
 
 
 def _sorted_rows(tables: Ints, lengths: Ints) -> tuple[Ints, Ints]:

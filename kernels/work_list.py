@@ -43,7 +43,7 @@ def work_list(step: Step, num_heads: int, window: int | None, sinks: int, tuning
     _check_holes(step, window, sinks)
     group = num_heads // step.num_kv_heads
     members = np.flatnonzero(step.query_lens == 1)
-    nodes = _nodes(step, members, num_heads, tuning) if window is None and tuning.share else []
+    nodes = _nodes(step, members, num_heads, tuning) if window is None and tuning.share is not False else []
     rows = _rows(step, nodes, group, tuning)
     prompts = [_prompt(step, int(i), window, sinks, rows // group) for i in np.flatnonzero(step.query_lens > 1)]
     spans, tokens = _with_nodes(step, prompts, nodes, members, rows // group)

@@ -9,7 +9,7 @@ import torch
 
 import kernels
 from kernels import device, reference
-from kernels.configs import DecodeConfig, Processor, Tuning, WideConfig
+from kernels.configs import DecodeConfig, Tuning, WideConfig
 from tests.kernel_cases import CASES, Case, leave_window, make_problem
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
@@ -17,7 +17,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 EAGER = Tuning(
     DecodeConfig(tile=32, shortest=32, longest=64),
     WideConfig(rows=64, tile=32, num_warps=4, num_stages=2, shortest=64),
-    Processor(memory_bytes=1e-3, cache_bytes=1e-3, operations=1e9, launch=0.0),
+    share=True,
 )
 REAL = (
     Case("8B heads, decode", (1,) * 6, (3000, 17, 640, 1, 1500, 1024), heads=(32, 8, 128), block_size=16),

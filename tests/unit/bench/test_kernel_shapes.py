@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from bench.kernels.shapes import SHAPES, Shape, make_setting
-from kernels.configs import DecodeConfig, Processor, Tuning, WideConfig
+from kernels.configs import DecodeConfig, Tuning, WideConfig
 
 TUNED = Tuning(
     DecodeConfig(tile=32, shortest=32, longest=64),
     WideConfig(64, 32, 4, 1, 64),
-    Processor(memory_bytes=1.0, launch=0.0),
+    share=True,
 )
 
 

@@ -13,8 +13,12 @@ from kernels.prefix_tree import Shape, shared_nodes
 from kernels.step import Step, checked_step
 from kernels.work_list import COUNT, END, FEWEST, FIRST, MOST, SEQUENCE, SLOT, START, WorkList, work_list
 
-ALWAYS = Processor(multiprocessors=8, memory_bytes=1e-3, cache_bytes=1e-3, operations=1e9, launch=0.0)
-TINY = Tuning(DecodeConfig(tile=16, shortest=16, longest=48), WideConfig(rows=16, tile=16, shortest=32), ALWAYS)
+TINY = Tuning(
+    DecodeConfig(tile=16, shortest=16, longest=48),
+    WideConfig(rows=16, tile=16, shortest=32),
+    Processor(multiprocessors=8),
+    share=True,
+)
 CACHE = torch.empty(1, 2, 2, 2, 4, 16)  # block size 4, 2 key heads
 NUM_HEADS = 6
 
@@ -86,6 +90,14 @@ def test_every_key_is_read_once_by_every_token_that_sees_it(made: tuple[Step, in
         first = 0 if window is None else max(0, at - window + 1)
         keys = [*range(min(sinks, first)), *range(first, at + 1)]
         assert sorted(read) == sorted((int(table[key // 4]), key % 4) for key in keys)
+
+
+def test_what_is_shared_is_read_once() -> None:
+    common = np.tile(np.arange(9), (5, 1))
+    step = checked_step(CACHE, [1] * 5, [38] * 5, np.concatenate((common, 9 + np.arange(5)[:, None]), axis=1))
+    work = work_list(step, NUM_HEADS, None, 0, TINY)
+    assert {(start, end) for _, _, start, end, *_ in work.decode.tolist()} == {(36, 38)}
+    assert sorted((item[START], item[END]) for item in work.wide.tolist()) == [(0, 36)]
 
 
 @given(steps())
