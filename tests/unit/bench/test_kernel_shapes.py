@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.kernels.__main__ import main
 from bench.kernels.shapes import SHAPES, Shape, make_setting
 from kernels.configs import DecodeConfig, Tuning, WideConfig
 
@@ -37,3 +38,9 @@ def test_shared_keys_are_counted_once() -> None:
     shape = Shape("shared", (1,) * 6, (100,) * 6, 1.0, shared=80, groups=2)
     assert shape.distinct_keys == 2 * 80 + 6 * 20
     assert len({shape.name for shape in SHAPES}) == len(SHAPES)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_without_a_device_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--quick"]) == 1
+    assert "CUDA" in capsys.readouterr().err
