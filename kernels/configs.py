@@ -10,15 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
-    """Keys a step of the loop takes, and how contexts are cut: into equal pieces of `shortest` to `longest` keys,
-    so that `waves` pieces come to each multiprocessor."""
+    """Keys a step of the loop takes, the fewest keys worth a program of their own, and for how many of its programs a
+    multiprocessor has room."""
 
     tile: int = 64
     num_warps: int = 4
     num_stages: int = 3
     shortest: int = 64
-    longest: int = 512
-    waves: int = 4
+    resident: int = 3
 
 
 @dataclass(frozen=True, slots=True)

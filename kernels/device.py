@@ -5,6 +5,9 @@ Knows tensors and device plans. Invariant: no operation waits for the device or 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import triton
 
@@ -72,26 +75,47 @@ def _attend(
     numbers = (scale * LOG2_E, query.stride(0), scorer.stride(0), layer_kv.stride(0), plan.tables.stride(0))
     shape = {"NUM_KV_HEADS": num_kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "DIM": _padded(head_dim)}
     loop = {"BLOCK_SIZE": block_size, "HAS_SINKS": sink_query is not None}
+    merging = {"STEP": _merge_step(group, head_dim), "ROWS": triton.next_power_of_2(group)}
     if len(work.wide):
         wide = plan.tuning.wide
-        wide_kernel[num_kv_heads, len(work.wide)](
-            out, query, scorer, layer_kv, plan.tables, work.wide, work.tokens, plan.positions,
-            plan.parts, plan.states, *numbers, **shape, **loop, ROWS=work.rows, TILE=wide.tile,
-            num_warps=wide.num_warps if work.rows > 64 else 4, num_stages=wide.num_stages,
-        )  # fmt: skip
+        # Beside decoding, on a stream of its own: the one is bound by products, the other by memory.
+        with _beside(plan.side if len(work.decode) else None):
+            wide_kernel[num_kv_heads, len(work.wide)](
+                out, query, scorer, layer_kv, plan.tables, work.wide, work.tokens, plan.positions,
+                plan.parts, plan.states, *numbers, **shape, **loop, ROWS=work.rows, TILE=wide.tile,
+                num_warps=wide.num_warps if work.rows > 64 else 4, num_stages=wide.num_stages,
+            )  # fmt: skip
     if len(work.decode):
         decode = plan.tuning.decode
         decode_kernel[num_kv_heads, len(work.decode)](
             out, query, scorer, layer_kv, plan.tables, work.decode, work.part_slots,
             plan.parts, plan.states, plan.counters, *numbers, **shape, **loop,
-            ROWS=_padded(group), MERGE_ROWS=triton.next_power_of_2(group), TILE=decode.tile,
+            ROWS=_padded(group), MERGE_ROWS=merging["ROWS"], MERGE_STEP=merging["STEP"], TILE=decode.tile,
             num_warps=decode.num_warps, num_stages=decode.num_stages,
         )  # fmt: skip
+        if len(work.wide) and plan.side is not None:
+            torch.cuda.current_stream().wait_stream(plan.side)
     if len(work.merges):
         merge_kernel[num_kv_heads, len(work.merges)](
-            out, work.part_slots, plan.parts, plan.states, work.merges, **shape, ROWS=triton.next_power_of_2(group)
+            out, work.part_slots, plan.parts, plan.states, work.merges, **shape, **merging
         )
     return out
+
+
+@contextmanager
+def _beside(side: torch.cuda.Stream | None) -> Iterator[None]:
+    """Launch on that stream what the current one has come to."""
+    if side is None:
+        yield
+        return
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+
+
+def _merge_step(group: int, head_dim: int) -> int:
+    """Parts that are merged at once: as many as registers hold."""
+    return min(64, max(1, 8192 // int(triton.next_power_of_2(group) * _padded(head_dim))))
 
 
 def _padded(size: int) -> int:

@@ -42,6 +42,7 @@ class DevicePlan:
     parts: torch.Tensor  # [num_slots, num_heads, head_dim] float32: room for results that are not complete
     states: torch.Tensor  # [num_slots, num_heads] float32
     counters: torch.Tensor  # [num_tokens, num_kv_heads], zero between launches
+    side: torch.cuda.Stream | None  # what may run beside the rest of a layer's attention runs here
     tuning: Tuning
 
 
@@ -84,6 +85,7 @@ def plan_attention(
         parts=torch.empty((most, num_heads, step.head_dim), dtype=torch.float32, device=step.device),
         states=torch.empty((most, num_heads), dtype=torch.float32, device=step.device),
         counters=torch.zeros((step.num_tokens, step.num_kv_heads), dtype=torch.int32, device=step.device),
+        side=_side(step.device),
         tuning=tuned,
     )
 
@@ -93,6 +95,10 @@ def _tuning(step: Step) -> Tuning:
         return tuning(step.head_dim, step.dtype.itemsize)
     count = torch.cuda.get_device_properties(step.device).multi_processor_count
     return tuning(step.head_dim, step.dtype.itemsize, Processor(multiprocessors=count))
+
+
+def _side(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _arrays(lists: Mapping[int | None, WorkList]) -> list[Ints]:

@@ -3,11 +3,11 @@
 Knows numbers only. Invariant: the items of a token cover what it sees exactly once, and where a token has several, its
 part slots name each of them once. A part slot is room for a result of one token that is not complete.
 
-A decode item is 8 numbers:   token, table row, start, end, slot, scores sinks, first of the part slots, how many
+A decode item is 8 numbers:   token, table row, start, end, slot, scores sinks, first of the part slots, how many:
+                              1 is all of the token, 0 leaves merging to another launch
 A wide item is 12 numbers:    first and count of `tokens`, table row, start, end of the keys that all rows see (full
                               tiles), end, slot of the first token or -1, most and fewest positions a key may be
                               before a row's own, scores sinks, and for the host: number of the tile, is a node
-Part slots of a token:        how many of them wide items fill, those, then those that decode items fill
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from kernels.step import Ints, Step
 
 FAR = 1 << 30
 PART_KEYS = 90  # to write and read a part takes about as long as so many more keys
+PIECE_KEYS = 64  # the same of what a decode item costs however short it is
+SIZES_TRIED = 48
 FIRST, COUNT, SEQUENCE, START, FULL, END, SLOT, MOST, FEWEST, SINKS, TILE, NODE = range(12)
 
 
@@ -33,7 +35,7 @@ class WorkList:
     wide: Ints  # [num_items, 12]
     tokens: Ints  # those of wide items
     part_slots: Ints
-    merges: Ints  # [num_merges, 3]: token without decode items, first of its part slots, how many
+    merges: Ints  # [num_merges, 3]: token that wide items leave parts of, first of its part slots, how many
     num_slots: int
     rows: int  # of a wide item: room for num_heads // num_kv_heads of each token
 
@@ -185,9 +187,7 @@ def _decode_pieces(
         owner, for_sinks = np.concatenate((owner, longer)), np.repeat([0, 1], [len(owner), len(longer)])
         start, end = np.concatenate((start, np.zeros_like(longer))), np.concatenate((end, far[longer]))
     length = end - start
-    config = tuning.decode
-    share = int(length.sum()) * step.num_kv_heads // (config.waves * tuning.processor.multiprocessors)
-    size = _even(length, -(-length // min(max(share, config.shortest), config.longest)), config.tile)
+    size = _even(length, -(-length // _decode_size(length, step.num_kv_heads, tuning)), tuning.decode.tile)
     span, number = _expanded(-(-length // size))
     pieces = np.zeros((len(span), 8), dtype=np.int64)
     pieces[:, 0] = step.query_starts[members][owner[span]]
@@ -196,6 +196,20 @@ def _decode_pieces(
     pieces[:, 3] = np.minimum(pieces[:, 2] + size[span], end[span])
     pieces[:, 5] = for_sinks[span]
     return pieces[np.argsort(pieces[:, 0], kind="stable")]
+
+
+def _decode_size(length: Ints, num_kv_heads: int, tuning: Tuning) -> int:
+    """The most keys of a piece: pieces are taken in rounds by as many programs as there is room for, so the last round
+    should be full, and every piece has a fixed cost."""
+    config = tuning.decode
+    if not len(length):
+        return config.shortest
+    longest = max(int(length.max()), config.shortest)
+    sizes = np.unique(np.geomspace(config.shortest, longest, SIZES_TRIED).astype(np.int64) // config.tile * config.tile)
+    sizes = np.maximum(sizes, config.tile)
+    programs = (-(-length[None, :] // sizes[:, None])).sum(1) * num_kv_heads
+    rounds = -(-programs // (tuning.processor.multiprocessors * config.resident))
+    return int(sizes[np.argmin(rounds * (sizes + PIECE_KEYS))])
 
 
 def _assembled(decode: Ints, wide: tuple[Ints, Ints, int], filled: tuple[Ints, Ints]) -> WorkList:
@@ -208,19 +222,13 @@ def _assembled(decode: Ints, wide: tuple[Ints, Ints, int], filled: tuple[Ints, I
     owners = np.concatenate((wide_tokens, decode[several, 0]))
     slots = np.concatenate((wide_slots, decode[several, 4]))
     order = np.argsort(owners, kind="stable")
-    unique, first, count = np.unique(owners[order], return_index=True, return_counts=True)
-    head = first + np.arange(len(unique))
-    by_wide = np.bincount(np.searchsorted(unique, wide_tokens), minlength=len(unique))
-    part_slots = np.zeros(len(slots) + len(unique), dtype=np.int64)
-    part_slots[head] = by_wide
-    part_slots[np.arange(len(slots)) + 1 + np.repeat(np.arange(len(unique)), count)] = slots[order]
+    part_slots, (unique, first, count) = slots[order], np.unique(owners[order], return_index=True, return_counts=True)
+    apart = np.isin(unique, wide_tokens)
+    merges = np.stack((unique[apart], first[apart], count[apart]), axis=1)
     decode[:, 7] = 1
-    if len(unique):
-        at = np.minimum(np.searchsorted(unique, decode[:, 0]), len(unique) - 1)
-        decode[:, 6] = np.where(several, head[at], 0)
-        decode[:, 7] = np.where(several, count[at], 1)
-    alone = by_wide == count
-    merges = np.stack((unique[alone], head[alone] + 1, count[alone]), axis=1)
+    if several.any():
+        at = np.searchsorted(unique, decode[several, 0])
+        decode[several, 6], decode[several, 7] = first[at], np.where(apart[at], 0, count[at])
     return WorkList(decode, items, tokens, part_slots, merges, len(slots), rows)
 
 

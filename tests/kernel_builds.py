@@ -39,7 +39,7 @@ def variants() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     return {
         "decode": (
             decode_kernel,
-            heads | {"ROWS": 16, "MERGE_ROWS": 4, "TILE": decode.tile},
+            heads | {"ROWS": 16, "MERGE_ROWS": 4, "MERGE_STEP": 16, "TILE": decode.tile},
             {"num_warps": decode.num_warps, "num_stages": decode.num_stages},
         ),
         "wide": (

@@ -1,4 +1,5 @@
-"""`python -m bench.kernels [--quick] [--shapes D1,C2] [--sweep] [--json FILE]`: needs a CUDA device, torch and Triton.
+"""`python -m bench.kernels [--quick] [--shapes D1,C2] [--sweep] [--alone] [--json FILE]`: on a CUDA device.
+
 
 Each shape is checked against float32 before it is timed. Times are per layer, of graph replays over layers that
 together are far larger than the cache. `of floor` is the time over the least that this device's measured copy and
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="leave out what takes long")
     parser.add_argument("--shapes", default="", help="only these, separated by commas")
     parser.add_argument("--sweep", action="store_true", help="try the configurations worth trying instead")
+    parser.add_argument("--alone", action="store_true", help="without torch's own attention beside it")
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{roofline.device}: copy {roofline.copy / 1e6:.2f} TB/s, bf16 matmul {roofline.matmul / 1e6:.0f} TFLOP/s, "
         f"launch {roofline.launch:.2f} us, torch {torch.__version__}"
     )
-    measure = _swept if options.sweep else _timed
+    measure = _swept if options.sweep else partial(_timed, alone=options.alone)
     print("" if options.sweep else HEAD)
     figures: dict[str, Any] = {**asdict(roofline), "shapes": []}
     for shape in (shape for shape in SHAPES if shape.name in names):
@@ -61,7 +63,7 @@ def _tuned() -> Tuning:
     return tuning(128, 2, Processor(multiprocessors=properties.multi_processor_count))
 
 
-def _timed(setting: Setting, roofline: Roofline) -> list[dict[str, Any]]:
+def _timed(setting: Setting, roofline: Roofline, *, alone: bool) -> list[dict[str, Any]]:
     """One line of the table."""
     shape, tuned = setting.shape, _tuned()
     plan = setting.plan(tuned)
@@ -74,7 +76,7 @@ def _timed(setting: Setting, roofline: Roofline) -> list[dict[str, Any]]:
         plain = graph_microseconds(partial(setting.run, separate), setting.num_layers)
     planned = host_microseconds(lambda: setting.plan(tuned))
     figure = {"name": shape.name, "us": ours, "floor": floor, "goal": shape.target, "plain": plain, "plan_us": planned}
-    figure |= {"error": error, "sdpa": sdpa_microseconds(setting), "layers": setting.num_layers}
+    figure |= {"error": error, "sdpa": None if alone else sdpa_microseconds(setting), "layers": setting.num_layers}
     cells = "".join(f"{'-':>9}" if figure[k] is None else f"{figure[k]:9.1f}" for k in ("plain", "sdpa", "plan_us"))
     print(f"{shape.name:6}{ours:9.1f}{ours / floor:9.2f}{shape.target:6.2f}{cells}{error:9.1e}", flush=True)
     return [figure]
@@ -105,8 +107,8 @@ def _swept(setting: Setting, roofline: Roofline) -> list[dict[str, Any]]:
 def _text(tuned: Tuning) -> str:
     decode, wide = tuned.decode, tuned.wide
     return (
-        f"decode {decode.tile}x{decode.num_warps}w{decode.num_stages}s {decode.shortest}-{decode.longest} waves "
-        f"{decode.waves}, wide {wide.rows}x{wide.tile}x{wide.num_warps}w{wide.num_stages}s {wide.shortest}"
+        f"decode {decode.tile}x{decode.num_warps}w{decode.num_stages}s {decode.shortest} room "
+        f"{decode.resident}, wide {wide.rows}x{wide.tile}x{wide.num_warps}w{wide.num_stages}s {wide.shortest}"
     )
 
 
@@ -114,20 +116,17 @@ def _candidates(tuned: Tuning, *, decodes: bool, wide: bool) -> Iterator[Tuning]
     """The current one, then changes of it."""
     yield tuned
     if decodes:
-        loops = ((64, 4, 2), (64, 4, 4), (32, 4, 3), (32, 4, 5), (32, 2, 4), (128, 4, 2), (128, 8, 3))
-        for tile, warps, stages in loops:
-            yield replace(tuned, decode=replace(tuned.decode, tile=tile, num_warps=warps, num_stages=stages))
-        for longest, waves in ((256, 4), (1024, 4), (1024, 2), (512, 8), (2048, 8)):
-            yield replace(tuned, decode=replace(tuned.decode, longest=longest, waves=waves))
+        loops = ((64, 4, 2, 5), (64, 4, 4, 2), (32, 4, 4, 4), (128, 4, 2, 2), (64, 2, 2, 5))
+        for tile, warps, stages, resident in loops:
+            change = replace(tuned.decode, tile=tile, num_warps=warps, num_stages=stages, resident=resident)
+            yield replace(tuned, decode=change)
     if wide:
         for rows, tile, warps, stages in (
-            (128, 64, 8, 2), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 4),
-            (128, 32, 8, 4), (64, 128, 4, 3),
+            (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2), (64, 32, 4, 4), (128, 64, 8, 2), (128, 64, 8, 4),
+            (128, 128, 8, 2), (128, 32, 8, 4), (128, 64, 4, 3),
         ):  # fmt: skip
-            change = replace(tuned.wide, rows=rows, tile=tile, num_warps=warps, num_stages=stages)
-            yield replace(tuned, wide=change)
-        for shortest in (128, 512, 1024):
-            yield replace(tuned, wide=replace(tuned.wide, shortest=shortest))
+            wider = replace(tuned.wide, rows=rows, tile=tile, num_warps=warps, num_stages=stages)
+            yield replace(tuned, wide=wider)
 
 
 if __name__ == "__main__":

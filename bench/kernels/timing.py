@@ -57,9 +57,10 @@ def measure_roofline() -> Roofline:
 
 
 def _copy_rate() -> float:
-    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda").random_()
+    source = torch.empty(1 << 30, dtype=torch.bfloat16, device="cuda").normal_()
     target = torch.empty_like(source)
-    return 2 * source.numel() / graph_microseconds(lambda _: target.copy_(source), 3)
+    milliseconds = statistics.median(_event_ms(lambda: target.copy_(source)) for _ in range(9))
+    return 2 * source.numel() * source.itemsize / (milliseconds * 1e3)
 
 
 def _matmul_rate() -> float:

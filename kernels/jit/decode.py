@@ -30,6 +30,7 @@ def decode_kernel(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
+    MERGE_STEP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -84,10 +85,11 @@ def decode_kernel(
         state_at = slot * NUM_KV_HEADS * GROUP + row_heads
         tl.store(parts + state_at[:, None] * HEAD_DIM + dims[None, :], result, mask=mask)
         tl.store(states + state_at, state, mask=live_row)
-        merge_if_last(
-            out, part_slots, parts, states, counters, token, first_part, num_parts, head,
-            NUM_KV_HEADS, GROUP, MERGE_ROWS, HEAD_DIM, DIM,
-        )  # fmt: skip
+        if num_parts > 1:
+            merge_if_last(
+                out, part_slots + first_part, parts, states, counters, token, num_parts, head,
+                NUM_KV_HEADS, GROUP, MERGE_ROWS, MERGE_STEP, HEAD_DIM, DIM,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -98,29 +100,24 @@ def merge_if_last(
     states,
     counters,
     token,
-    first_part,
     num_parts,
     head,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
+    STEP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Count this part in; the last one of its token and group merges them all and sets the counter back.
-
-    Of the token's parts, an earlier launch has written as many as `part_slots` says first.
-    """
+    """Count this part in; the last one of its token and group merges them all and sets the counter back."""
     tl.debug_barrier()  # all of this program's stores come before its count
     counter = counters + token * NUM_KV_HEADS + head
-    arrived = tl.atomic_add(counter, 1, sem="acq_rel")
-    written_before = tl.load(part_slots + first_part)
-    if arrived + written_before == num_parts - 1:
-        slots = part_slots + first_part + 1
-        result = merged(parts, states, slots, num_parts, head, NUM_KV_HEADS * GROUP, GROUP, ROWS, HEAD_DIM, DIM, 4)
+    if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
+        num_heads: tl.constexpr = NUM_KV_HEADS * GROUP
+        result = merged(parts, states, part_slots, num_parts, head, num_heads, GROUP, ROWS, HEAD_DIM, DIM, STEP)
         rows = tl.arange(0, ROWS)
         dims = tl.arange(0, DIM)
-        at = (token * NUM_KV_HEADS * GROUP + head * GROUP + rows)[:, None] * HEAD_DIM + dims[None, :]
+        at = (token * num_heads + head * GROUP + rows)[:, None] * HEAD_DIM + dims[None, :]
         mask = (rows < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
         tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
         tl.store(counter, 0)
@@ -136,16 +133,17 @@ def merge_kernel(
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
+    STEP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Merge the parts of tokens that no decode item belongs to."""
+    """Merge the parts of tokens whose decode items leave it to this launch, or that have none."""
     head = tl.program_id(0)
     merge = merges + tl.program_id(1) * 3
     token = tl.load(merge).to(tl.int64)
     slots = part_slots + tl.load(merge + 1)
     num_heads: tl.constexpr = NUM_KV_HEADS * GROUP
-    result = merged(parts, states, slots, tl.load(merge + 2), head, num_heads, GROUP, ROWS, HEAD_DIM, DIM, 4)
+    result = merged(parts, states, slots, tl.load(merge + 2), head, num_heads, GROUP, ROWS, HEAD_DIM, DIM, STEP)
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
     at = (token * num_heads + head * GROUP + rows)[:, None] * HEAD_DIM + dims[None, :]

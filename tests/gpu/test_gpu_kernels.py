@@ -15,7 +15,7 @@ from tests.kernel_cases import CASES, Case, leave_window, make_problem
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 # Many pieces, and what is shared is read once whatever it costs.
 EAGER = Tuning(
-    DecodeConfig(tile=32, shortest=32, longest=64),
+    DecodeConfig(tile=32, shortest=32),
     WideConfig(rows=64, tile=32, num_warps=4, num_stages=2, shortest=64),
     share=True,
 )

@@ -10,7 +10,7 @@ from bench.kernels.shapes import SHAPES, Shape, make_setting
 from kernels.configs import DecodeConfig, Tuning, WideConfig
 
 TUNED = Tuning(
-    DecodeConfig(tile=32, shortest=32, longest=64),
+    DecodeConfig(tile=32, shortest=32),
     WideConfig(64, 32, 4, 1, 64),
     share=True,
 )

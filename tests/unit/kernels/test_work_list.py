@@ -14,7 +14,7 @@ from kernels.step import Step, checked_step
 from kernels.work_list import COUNT, END, FEWEST, FIRST, MOST, SEQUENCE, SLOT, START, WorkList, work_list
 
 TINY = Tuning(
-    DecodeConfig(tile=16, shortest=16, longest=48),
+    DecodeConfig(tile=16, shortest=16),
     WideConfig(rows=16, tile=16, shortest=32),
     Processor(multiprocessors=8),
     share=True,
@@ -46,7 +46,7 @@ def slots(made: WorkList) -> dict[int, list[int]]:
     """The part slots that are written for each token."""
     found: dict[int, list[int]] = {}
     for token, _, _, _, slot, _, _, num_parts in made.decode.tolist():
-        if num_parts > 1:
+        if num_parts != 1:
             found.setdefault(token, []).append(slot)
     for item in made.wide.tolist():
         for row in range(item[COUNT] if item[SLOT] >= 0 else 0):
@@ -110,10 +110,8 @@ def test_part_slots_name_what_is_written(made: tuple[Step, int | None, int]) -> 
     named: dict[int, list[int]] = {}
     for token, *_, first, num_parts in work.decode.tolist():
         if num_parts > 1:
-            by_wide = int(work.part_slots[first])
-            decoded = sum(other[0] == token for other in work.decode.tolist())
-            assert by_wide + decoded == num_parts
-            named[token] = work.part_slots[first + 1 : first + 1 + num_parts].tolist()
+            assert sum(other[0] == token for other in work.decode.tolist()) == num_parts
+            named[token] = work.part_slots[first : first + num_parts].tolist()
     for token, first, num_parts in work.merges.tolist():
         assert token not in named
         named[token] = work.part_slots[first : first + num_parts].tolist()
