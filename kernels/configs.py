@@ -24,9 +24,9 @@ class DecodeConfig:
 class WideConfig:
     """Query rows of a program, keys a step of its loop takes, and the fewest keys worth a program of their own."""
 
-    rows: int = 128
+    rows: int = 64
     tile: int = 64
-    num_warps: int = 8
+    num_warps: int = 4
     num_stages: int = 3
     shortest: int = 256
 
@@ -40,13 +40,14 @@ class Processor:
     cache_bytes: float = 5.5e6  # read in a microsecond where they fit `cache_size`
     cache_size: int = 30 << 20
     operations: float = 2.5e8  # of matrix products in a microsecond, as attention reaches
-    launch: float = 4.0  # microseconds that one more launch in a layer costs
+    launch: float = 12.0  # microseconds that sharing costs a layer at least: two launches more, and waiting for both
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
     decode: DecodeConfig = DecodeConfig()
     wide: WideConfig = WideConfig()
+    many: WideConfig = WideConfig(rows=128)  # where there is work for twice as many programs; of the same tile
     processor: Processor = Processor()
     share: bool | None = None  # whether shared prefixes are read once; None: where it pays
 
@@ -56,7 +57,9 @@ def tuning(head_dim: int, itemsize: int, processor: Processor | None = None) -> 
     processor = processor or Processor()
     if itemsize == 4:  # no matrix unit computes it exactly
         small = max(16, 32 * 128 // max(head_dim, 128))
-        return Tuning(DecodeConfig(tile=small, num_stages=2), WideConfig(64, small, 4, 1), processor)
+        wide = WideConfig(64, small, 4, 1)
+        return Tuning(DecodeConfig(tile=small, num_stages=2), wide, wide, processor)
     if head_dim > 128:
-        return Tuning(DecodeConfig(tile=32), WideConfig(64, 64, 4, 2), processor)
-    return Tuning(DecodeConfig(), WideConfig(), processor)
+        wide = WideConfig(64, 64, 4, 2)
+        return Tuning(DecodeConfig(tile=32), wide, wide, processor)
+    return Tuning(processor=processor)

@@ -77,13 +77,13 @@ def _attend(
     loop = {"BLOCK_SIZE": block_size, "HAS_SINKS": sink_query is not None}
     merging = {"STEP": _merge_step(group, head_dim), "ROWS": triton.next_power_of_2(group)}
     if len(work.wide):
-        wide = plan.tuning.wide
+        wide = plan.tuning.many if work.rows > plan.tuning.wide.rows else plan.tuning.wide
         # Beside decoding, on a stream of its own: the one is bound by products, the other by memory.
         with _beside(plan.side if len(work.decode) else None):
             wide_kernel[num_kv_heads, len(work.wide)](
                 out, query, scorer, layer_kv, plan.tables, work.wide, work.tokens, plan.positions,
                 plan.parts, plan.states, *numbers, **shape, **loop, ROWS=work.rows, TILE=wide.tile,
-                num_warps=wide.num_warps if work.rows > 64 else 4, num_stages=wide.num_stages,
+                num_warps=wide.num_warps, num_stages=wide.num_stages,
             )  # fmt: skip
     if len(work.decode):
         decode = plan.tuning.decode

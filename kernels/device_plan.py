@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kernels.configs import Processor, Tuning, tuning
@@ -67,9 +69,7 @@ def plan_attention(
         for window in dict.fromkeys(windows)
     }
     longest = int(step.context_lens.max(initial=0))
-    columns = -(-longest // step.block_size)
-    tables = np.ascontiguousarray(step.block_tables[:, :columns])
-    sent = _sent([slots, step.positions()[1], tables, *_arrays(lists)], step.device)
+    sent = _sent([slots, step.positions()[1], step.block_tables, *_arrays(lists)], step.device)
     works = [
         DeviceWork(made.rows, *sent[index : index + 5])
         for made, index in zip(lists.values(), count(3, 5), strict=False)
@@ -91,12 +91,17 @@ def plan_attention(
 
 
 def _tuning(step: Step) -> Tuning:
-    if step.device.type != "cuda":
-        return tuning(step.head_dim, step.dtype.itemsize)
-    count = torch.cuda.get_device_properties(step.device).multi_processor_count
-    return tuning(step.head_dim, step.dtype.itemsize, Processor(multiprocessors=count))
+    return tuning(step.head_dim, step.dtype.itemsize, _processor(step.device))
 
 
+@cache
+def _processor(device: torch.device) -> Processor:
+    if device.type != "cuda":
+        return Processor()
+    return Processor(multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
 def _side(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
@@ -106,7 +111,7 @@ def _arrays(lists: Mapping[int | None, WorkList]) -> list[Ints]:
     return [part for of in made for part in (of.decode, of.wide, of.tokens, of.part_slots, of.merges)]
 
 
-def _sent(arrays: list[Ints], device: torch.device) -> list[torch.Tensor]:
+def _sent(arrays: Sequence[npt.NDArray[np.int64] | npt.NDArray[np.int32]], device: torch.device) -> list[torch.Tensor]:
     """Each array as int32 on the device. They begin at multiples of 16 bytes: kernels are compiled for those."""
     starts = np.cumsum([0, *(-(-array.size // 4) * 4 for array in arrays)])
     flat = np.zeros(int(starts[-1]), dtype=np.int32)

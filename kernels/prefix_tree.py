@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from kernels.configs import Tuning
 from kernels.step import Ints
@@ -39,7 +40,7 @@ class Shape:
         return 2 * self.num_kv_heads * self.block_size * self.head_dim * self.itemsize
 
 
-def shared_nodes(tables: Ints, lengths: Ints, shape: Shape, tuning: Tuning) -> list[Node]:
+def shared_nodes(tables: npt.NDArray[np.int32], lengths: Ints, shape: Shape, tuning: Tuning) -> list[Node]:
     """The nodes worth a reading of their own. Of row i of `tables` the first `lengths[i]` blocks may be shared.
 
     A node is worth it where the model says so, and all together must save more than the launch they need. What a
@@ -65,11 +66,11 @@ def shared_nodes(tables: Ints, lengths: Ints, shape: Shape, tuning: Tuning) -> l
     return chosen if saved > tuning.processor.launch or tuning.share else []
 
 
-def _sorted_rows(tables: Ints, lengths: Ints) -> tuple[Ints, Ints]:
+def _sorted_rows(tables: npt.NDArray[np.int32], lengths: Ints) -> tuple[Ints, Ints]:
     """An order that puts rows with a common beginning together, and how many blocks each has in common with the row
     before it (0 for the first)."""
     width = max(1, int(lengths.max()))
-    rows = tables[:, :width].astype(np.int32)
+    rows = np.array(tables[:, :width], dtype=np.int32)
     # What may not be shared is made unlike everything else.
     own, column = np.nonzero(np.arange(width)[None, :] >= lengths[:, None])
     rows[own, column] = -2 - own

@@ -22,7 +22,7 @@ class Step:
     query_starts: Ints  # [num_seqs], first of num_tokens
     query_lens: Ints  # [num_seqs]
     context_lens: Ints  # [num_seqs]
-    block_tables: Ints  # [num_seqs, max_blocks]
+    block_tables: npt.NDArray[np.int32]  # [num_seqs, blocks of the longest context]
     num_layers: int
     num_kv_heads: int
     block_size: int
@@ -103,7 +103,7 @@ def checked_step(
         query_starts=np.cumsum(lens) - lens,
         query_lens=lens,
         context_lens=contexts,
-        block_tables=block_tables,
+        block_tables=np.ascontiguousarray(block_tables[:, : -(-int(contexts.max(initial=0)) // block_size)], np.int32),
         num_layers=num_layers,
         num_kv_heads=num_kv_heads,
         block_size=block_size,

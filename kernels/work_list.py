@@ -69,13 +69,17 @@ def _nodes(step: Step, members: Ints, num_heads: int, tuning: Tuning) -> list[No
     """What decoding sequences share. The block that a token is written to is its own."""
     shape = Shape(num_heads, step.num_kv_heads, step.head_dim, step.block_size, step.dtype.itemsize)
     lengths = (step.context_lens[members] - 1) // step.block_size
-    return shared_nodes(step.block_tables[members], lengths, shape, tuning)
+    tables = step.block_tables if len(members) == len(step.block_tables) else step.block_tables[members]
+    return shared_nodes(tables, lengths, shape, tuning)
 
 
 def _rows(step: Step, nodes: list[Node], group: int, tuning: Tuning) -> int:
-    widest = max([int(step.query_lens.max(initial=0)), *(len(node.rows) for node in nodes)])
-    rows = min(64, tuning.wide.rows) if widest * group <= 64 else tuning.wide.rows
-    return int(max(rows, 1 << (group - 1).bit_length()))
+    """Wider tiles read keys less often, where there are enough of them for every processor to have two."""
+    many = tuning.many.rows // max(group, 1)
+    prompts = step.query_lens[step.query_lens > 1]
+    tiles = int((-(-prompts // max(many, 1))).sum()) + sum(-(-len(node.rows) // max(many, 1)) for node in nodes)
+    enough = tiles * step.num_kv_heads >= 2 * tuning.processor.multiprocessors
+    return int(max(tuning.many.rows if enough else tuning.wide.rows, 1 << (group - 1).bit_length()))
 
 
 def _prompt(step: Step, sequence: int, window: int | None, sinks: int, tile_tokens: int) -> Ints:

@@ -34,7 +34,7 @@ def variants() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     """Kernel, constants and options of each build: the shapes of an 8B model, block size 16."""
     heads = {"NUM_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "DIM": 128, "BLOCK_SIZE": 16, "HAS_SINKS": False}
     tuned = tuning(128, 2)
-    decode, wide = tuned.decode, tuned.wide
+    decode, wide, many = tuned.decode, tuned.wide, tuned.many
     row = {"NUM_QUERY": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "HALF": 64, "BLOCK_SIZE": 16, "HEADS": 8}
     return {
         "decode": (
@@ -47,10 +47,10 @@ def variants() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
             heads | {"ROWS": wide.rows, "TILE": wide.tile},
             {"num_warps": wide.num_warps, "num_stages": wide.num_stages},
         ),
-        "wide, few rows": (
+        "wide, many": (
             wide_kernel,
-            heads | {"ROWS": 64, "TILE": wide.tile},
-            {"num_warps": 4, "num_stages": wide.num_stages},
+            heads | {"ROWS": many.rows, "TILE": many.tile},
+            {"num_warps": many.num_warps, "num_stages": many.num_stages},
         ),
         "write": (write_kernel, row | {"ROTATE": True}, {"num_warps": 2}),
         "norm": (norm_kernel, {"SIZE": 4096, "WIDTH": 4096, "ADD": True}, {"num_warps": 8}),

@@ -1,6 +1,5 @@
 """`python -m bench.kernels [--quick] [--shapes D1,C2] [--sweep] [--alone] [--json FILE]`: on a CUDA device.
 
-
 Each shape is checked against float32 before it is timed. Times are per layer, of graph replays over layers that
 together are far larger than the cache. `of floor` is the time over the least that this device's measured copy and
 matmul rates allow; `goal` is the same for the time to reach.
@@ -105,7 +104,7 @@ def _swept(setting: Setting, roofline: Roofline) -> list[dict[str, Any]]:
 
 
 def _text(tuned: Tuning) -> str:
-    decode, wide = tuned.decode, tuned.wide
+    decode, wide = tuned.decode, tuned.many
     return (
         f"decode {decode.tile}x{decode.num_warps}w{decode.num_stages}s {decode.shortest} room "
         f"{decode.resident}, wide {wide.rows}x{wide.tile}x{wide.num_warps}w{wide.num_stages}s {wide.shortest}"
@@ -126,7 +125,7 @@ def _candidates(tuned: Tuning, *, decodes: bool, wide: bool) -> Iterator[Tuning]
             (128, 128, 8, 2), (128, 32, 8, 4), (128, 64, 4, 3),
         ):  # fmt: skip
             wider = replace(tuned.wide, rows=rows, tile=tile, num_warps=warps, num_stages=stages)
-            yield replace(tuned, wide=wider)
+            yield replace(tuned, wide=wider, many=wider)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tests.kernel_cases import CASES, Case, leave_window, make_problem
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 TINY = Tuning(
     DecodeConfig(tile=16, shortest=32),
-    WideConfig(rows=64, tile=32, shortest=64),
+    *[WideConfig(rows=64, tile=32, shortest=64)] * 2,
     Processor(multiprocessors=6),
     share=True,
 )

@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 # Many pieces, and what is shared is read once whatever it costs.
 EAGER = Tuning(
     DecodeConfig(tile=32, shortest=32),
-    WideConfig(rows=64, tile=32, num_warps=4, num_stages=2, shortest=64),
+    *[WideConfig(rows=64, tile=32, num_warps=4, num_stages=2, shortest=64)] * 2,
     share=True,
 )
 REAL = (
@@ -59,7 +59,9 @@ def test_attention_of_real_size(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("case", [case for case in (*CASES, *REAL) if max(case.shared)], ids=str)
 def test_sharing_changes_nothing(case: Case) -> None:
-    check(case, torch.bfloat16, tuned=replace(EAGER, wide=WideConfig(), decode=DecodeConfig()))
+    check(
+        case, torch.bfloat16, tuned=replace(EAGER, wide=WideConfig(), many=WideConfig(rows=128), decode=DecodeConfig())
+    )
     check(case, torch.bfloat16, tuned=replace(EAGER, share=False))
 
 

@@ -11,7 +11,7 @@ from kernels.configs import DecodeConfig, Tuning, WideConfig
 
 TUNED = Tuning(
     DecodeConfig(tile=32, shortest=32),
-    WideConfig(64, 32, 4, 1, 64),
+    *[WideConfig(64, 32, 4, 1, 64)] * 2,
     share=True,
 )
 

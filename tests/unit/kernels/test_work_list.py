@@ -15,7 +15,7 @@ from kernels.work_list import COUNT, END, FEWEST, FIRST, MOST, SEQUENCE, SLOT, S
 
 TINY = Tuning(
     DecodeConfig(tile=16, shortest=16),
-    WideConfig(rows=16, tile=16, shortest=32),
+    *[WideConfig(rows=16, tile=16, shortest=32)] * 2,
     Processor(multiprocessors=8),
     share=True,
 )
