@@ -22,13 +22,15 @@ class DecodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class WideConfig:
-    """Query rows of a program, keys a step of its loop takes, and the fewest keys worth a program of their own."""
+    """Query rows of a program, keys a step of its loop takes, the fewest keys worth a program of their own, and for how
+    many of its programs a multiprocessor has room: one alone leaves the matrix unit idle half the time."""
 
     rows: int = 64
     tile: int = 64
     num_warps: int = 4
     num_stages: int = 3
     shortest: int = 256
+    resident: int = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,10 +155,10 @@ def _wide_pieces(spans: Ints, num_kv_heads: int, tuning: Tuning) -> Ints:
 def _cuts(programs: int, length: float, tuning: Tuning) -> int:
     """Into how many pieces it is best to cut so many programs of about one length, counted in keys: the processors
     take them in rounds, and every piece leaves a part to be written and read."""
-    multiprocessors = tuning.processor.multiprocessors
-    most = max(1, min(-(-2 * multiprocessors // programs), int(length) // tuning.wide.shortest))
-    costs = {cuts: -(-programs * cuts // multiprocessors) * (length / cuts + PART_KEYS) for cuts in range(2, most + 1)}
-    costs[1] = -(-programs // multiprocessors) * length
+    room = tuning.processor.multiprocessors * tuning.wide.resident
+    most = max(1, min(-(-2 * room // programs), int(length) // tuning.wide.shortest))
+    costs = {cuts: -(-programs * cuts // room) * (length / cuts + PART_KEYS) for cuts in range(2, most + 1)}
+    costs[1] = -(-programs // room) * length
     return min(sorted(costs), key=lambda cuts: costs[cuts])
 
 
