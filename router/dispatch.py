@@ -44,7 +44,7 @@ RETRY_AFTER_S = 1.0
 class TokenRequest:
     """A checked request. `deadline` is a time of the event loop's clock.
 
-    `groups` and `quota` are the tenant's. `warming` is set on the request that computes a published prefix, which is
+    `groups`, `quota` and `weight` are the tenant's. `warming` is set on the request that computes a published prefix, which is
     then its whole prompt; `only` names the one worker that shall run a request.
     """
 
@@ -57,6 +57,7 @@ class TokenRequest:
     no_store: bool = False
     groups: tuple[str, ...] = ()
     quota: KvQuota = NO_QUOTA
+    weight: int = 1
     warming: PrefixRecord | None = None
     only: WorkerId | None = None
 
@@ -164,6 +165,7 @@ class _Story:
                 timeout_s=request.deadline - self._loop.time(),
                 no_store=request.no_store,
                 quota=request.quota,
+                weight=request.weight,
             )
         )
         return self._stream

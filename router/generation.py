@@ -98,6 +98,7 @@ class Generation:
                 no_store=checked.no_store,
                 groups=tenant.groups,
                 quota=tenant.quota,
+                weight=tenant.weight,
             )
             requests = _for_each_answer(first, checked.n)
             call = _Call(requests, [self._answer(checked) for _ in requests], began)

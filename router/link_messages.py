@@ -54,6 +54,7 @@ class Submission:
     timeout_s: float
     no_store: bool
     quota: KvQuota = NO_QUOTA  # of the tenant whose request it is
+    weight: int = 1  # likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,7 @@ def submit_message(sequence: int, submission: Submission) -> pb.Submit:
         deadline_ms=max(1, int(submission.timeout_s * 1000)),
         no_store=submission.no_store,
         quota=None if submission.quota == NO_QUOTA else _quota(submission.quota),
+        weight=submission.weight,
     )
 
 

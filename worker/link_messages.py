@@ -53,6 +53,7 @@ def sequence_request(submit: pb.Submit, engine_ids: list[int], vocab_size: int, 
         forks=tuple(Fork(i, fork.seed) for i, fork in zip(engine_ids[1:], submit.forks, strict=True)),
         publishers=_publishers(submit.regions),
         quota=_quota(submit.quota) if submit.HasField("quota") else None,
+        weight=max(submit.weight, 1),
     )
 
 

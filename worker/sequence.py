@@ -51,7 +51,7 @@ class SequenceRequest:
 
     `token_ids` is the prompt and, on a continuation, the tokens already delivered after it; `sampling.max_tokens`
     counts generated tokens from `num_prompt_tokens`. `deadline` is a time of the engine's clock. Each of `forks` is
-    a sequence of its own once the prompt is computed.
+    a sequence of its own once the prompt is computed. `weight` is the owner's share of a busy worker beside others'.
     """
 
     sequence_id: int
@@ -65,6 +65,7 @@ class SequenceRequest:
     forks: tuple[Fork, ...] = ()
     publishers: Publishers = ()
     quota: OwnerQuota | None = None
+    weight: int = 1
 
     @property
     def owner(self) -> ScopeRoot:

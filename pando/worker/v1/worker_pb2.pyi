@@ -101,7 +101,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("sequence", "request_id", "attempt", "token_ids", "num_prompt_tokens", "regions", "sampling", "priority", "deadline_ms", "no_store", "quota", "forks")
+    __slots__ = ("sequence", "request_id", "attempt", "token_ids", "num_prompt_tokens", "regions", "sampling", "priority", "deadline_ms", "no_store", "quota", "forks", "weight")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +114,7 @@ class Submit(_message.Message):
     NO_STORE_FIELD_NUMBER: _ClassVar[int]
     QUOTA_FIELD_NUMBER: _ClassVar[int]
     FORKS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     request_id: str
     attempt: int
@@ -126,7 +127,8 @@ class Submit(_message.Message):
     no_store: bool
     quota: Quota
     forks: _containers.RepeatedCompositeFieldContainer[Fork]
-    def __init__(self, sequence: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., regions: _Optional[_Iterable[_Union[Region, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., no_store: _Optional[bool] = ..., quota: _Optional[_Union[Quota, _Mapping]] = ..., forks: _Optional[_Iterable[_Union[Fork, _Mapping]]] = ...) -> None: ...
+    weight: int
+    def __init__(self, sequence: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., regions: _Optional[_Iterable[_Union[Region, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., no_store: _Optional[bool] = ..., quota: _Optional[_Union[Quota, _Mapping]] = ..., forks: _Optional[_Iterable[_Union[Fork, _Mapping]]] = ..., weight: _Optional[int] = ...) -> None: ...
 
 class Fork(_message.Message):
     __slots__ = ("sequence", "seed")

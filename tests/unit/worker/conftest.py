@@ -103,6 +103,7 @@ class World:
         fork_seeds: tuple[int, ...] = (),
         publishers: Publishers = (),
         quota: OwnerQuota | None = None,
+        weight: int = 1,
         **sampling: object,
     ) -> int:
         tokens = array("I", prompt)
@@ -115,6 +116,7 @@ class World:
             priority=priority,
             deadline=deadline,
             no_store=no_store,
+            weight=weight,
             forks=tuple(Fork(len(self.results) + 1 + i, seed) for i, seed in enumerate(fork_seeds)),
         )
         self.holdings.admit(request.owner, publishers, quota)
