@@ -44,8 +44,8 @@ RETRY_AFTER_S = 1.0
 class TokenRequest:
     """A checked request. `deadline` is a time of the event loop's clock.
 
-    `groups`, `quota` and `weight` are the tenant's. `warming` is set on the request that computes a published prefix, which is
-    then its whole prompt; `only` names the one worker that shall run a request.
+    `groups`, `quota` and `weight` are the tenant's. `warming` is set on the request that computes a published prefix,
+    which is then its whole prompt; `only` names the one worker that shall run a request.
     """
 
     request_id: str

@@ -11,7 +11,7 @@ import hashlib
 import secrets
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -86,8 +86,9 @@ class Generation:
     ) -> AsyncGenerator[TextDelta, None]:
         """The deltas of a call. `deadline` is a time of the clock; closing the generator cancels what runs."""
         began = self._clock()
-        with self._counted(tenant.id, deadline), self._admission.enter(tenant, checked.request_id) as request_id:
+        async with self._entered(tenant, checked.request_id, deadline) as request_id:
             prompt = await self._encode(checked)
+            await self._admission.charge(tenant, len(prompt))
             first = TokenRequest(
                 request_id=request_id,
                 tenant=tenant.id,
@@ -108,6 +109,12 @@ class Generation:
                         yield delta
             finally:
                 self._count_used(tenant.id, call)
+
+    @asynccontextmanager
+    async def _entered(self, tenant: Tenant, request_id: str, deadline: float) -> AsyncIterator[str]:
+        with self._counted(tenant.id, deadline):
+            async with self._admission.enter(tenant, request_id) as entered:
+                yield entered
 
     async def _encode(self, checked: Checked) -> array[int]:
         if isinstance(checked.prompt, str):

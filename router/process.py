@@ -38,6 +38,8 @@ from router.grpc_api import InferenceService
 from router.health import HealthService
 from router.http_api import HttpServer
 from router.interceptors import GateLimits
+from router.limit_store import LimitStore
+from router.limits import LEASE_TTL_S, TIMEOUT_S, FleetLimits
 from router.metrics import Metrics
 from router.model_card import ModelCard, read_model_card
 from router.placement import Policy
@@ -119,7 +121,8 @@ class RouterProcess:
         card, tokenizer = await asyncio.to_thread(self._load_model)
         self._parts.callback(tokenizer.close)
         index, mirror, fleet = await self._follow_fleet()
-        metrics, admission = Metrics(authenticator.known()), Admission(settings.max_in_flight)
+        metrics = Metrics(authenticator.known())
+        admission = Admission(settings.max_in_flight, await self._share_limits(secret))
         served = ServedModel(card, fleet).card
         sharing = await self._share_prefixes(fleet, authenticator, secret, card.name)
         generation = Generation(sharing.dispatch, tokenizer, admission, metrics)
@@ -190,6 +193,16 @@ class RouterProcess:
         self._parts.push_async_callback(sharing.stop)
         await sharing.start()
         return sharing
+
+    async def _share_limits(self, secret: bytes) -> FleetLimits:
+        settings = self._settings
+        client = _redis_client(settings.redis, timeout_s=TIMEOUT_S)
+        self._parts.push_async_callback(client.aclose)
+        store = LimitStore(client, settings.cluster, secret, router=self._router_id, ttl_s=LEASE_TTL_S)
+        limits = FleetLimits(store, clock=time.monotonic)
+        self._parts.push_async_callback(limits.stop)
+        await limits.start()
+        return limits
 
     async def _serve(self, server: grpc.aio.Server, port: int) -> str:
         where = listen(server, self._settings.host, port)
@@ -296,10 +309,10 @@ class SecretClaim:
             agreed = now_agreed
 
 
-def _redis_client(url: str) -> redis.asyncio.Redis:
+def _redis_client(url: str, *, timeout_s: float = 1.0) -> redis.asyncio.Redis:
     try:
         return redis.asyncio.Redis.from_url(
-            url, socket_timeout=1.0, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0)
+            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
         )
     except ValueError as error:
         raise ConfigError(described(error, url)) from error

@@ -1,4 +1,4 @@
-"""Weighted shares of a busy worker: by tokens served, over prompts and answers, whatever came first and however much."""
+"""Weighted shares of a busy worker: by tokens served, over prompts and answers, whoever came first with how much."""
 
 from __future__ import annotations
 
