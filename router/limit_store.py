@@ -42,7 +42,7 @@ class LimitStore:
         return int(await self._call(self._beat, [f"{self._cluster}:routers"], [self._router, self._ttl_ms]))
 
     async def lease(self, tenant: TenantId, limit: int, *, used: int, wanted: int, routers: int) -> int:
-        """Places that this router may fill from now on, those `used` among them; more than `wanted` if many are free."""
+        """Places that this router may fill from now on, those `used` among them; more than `wanted` if many are left."""
         keys = [self._name(tenant, "in-flight")]
         return int(await self._call(self._lease, keys, [self._router, limit, used, wanted, routers, self._ttl_ms]))
 
