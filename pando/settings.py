@@ -87,6 +87,8 @@ class RouterSettings(FleetSettings):
     max_request_s: float = option(600.0, "longest a request may take; a client's deadline can be shorter")
     max_in_flight: int = option(1024, "most requests one router serves at once")
     tokenizer_threads: int = option(2, "threads that tokenize")
+    processes: int = option(1, "router processes on the one gRPC port; HTTP and admin ports go up by 2 for each")
+    reuse_port: str = option("off", "share the gRPC port with other routers of this user", choices=("on", "off"))
 
 
 @dataclass(frozen=True, kw_only=True)

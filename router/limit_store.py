@@ -7,10 +7,12 @@ never more than the limit, but for places in use when a limit was lowered.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Any
 
 import redis.asyncio
+from redis.exceptions import RedisError
 
 from kvstore.scope import TenantId
 
@@ -24,8 +26,12 @@ class Bucket:
     burst: float
 
 
+class StoreAway(Exception):
+    """Redis cannot be reached, or answers with an error."""
+
+
 class LimitStore:
-    """One router's hand in the shared counters. `RedisError` reaches the caller."""
+    """One router's hand in the shared counters. Every method raises `StoreAway` where Redis does not answer."""
 
     def __init__(self, client: redis.asyncio.Redis, cluster: str, secret: bytes, *, router: str, ttl_s: float) -> None:
         self._cluster = cluster
@@ -42,7 +48,7 @@ class LimitStore:
         return int(await self._call(self._beat, [f"{self._cluster}:routers"], [self._router, self._ttl_ms]))
 
     async def lease(self, tenant: TenantId, limit: int, *, used: int, wanted: int, routers: int) -> int:
-        """Places that this router may fill from now on, those `used` among them; more than `wanted` if many are left."""
+        """Places this router may fill from now on, those `used` among them; more than `wanted` if many are left."""
         keys = [self._name(tenant, "in-flight")]
         return int(await self._call(self._lease, keys, [self._router, limit, used, wanted, routers, self._ttl_ms]))
 
@@ -59,14 +65,21 @@ class LimitStore:
         pipe.zrem(f"{self._cluster}:routers", self._router)
         for tenant in tenants:
             pipe.hdel(self._name(tenant, "in-flight"), self._router)
-        await pipe.execute()
+        await _reached(pipe.execute())
 
     async def _call(self, script: Any, keys: list[str], args: list[Any]) -> Any:
-        return await script(keys=keys, args=args)
+        return await _reached(script(keys=keys, args=args))
 
     def _name(self, tenant: TenantId, what: str) -> str:
         digest = hashlib.blake2b(tenant.encode(), key=self._key, digest_size=16).hexdigest()
         return f"{self._cluster}:limit:{digest}:{what}"
+
+
+async def _reached(call: Awaitable[Any]) -> Any:
+    try:
+        return await call
+    except (RedisError, OSError) as error:
+        raise StoreAway(type(error).__name__) from error
 
 
 _NOW = """

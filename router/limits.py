@@ -13,10 +13,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from redis.exceptions import RedisError
-
 from kvstore.scope import TenantId
-from router.limit_store import Bucket, LimitStore
+from router.limit_store import Bucket, LimitStore, StoreAway
 from router.tenants import Tenant
 
 log = logging.getLogger(__name__)
@@ -181,7 +179,7 @@ class FleetLimits:
             return otherwise
         try:
             return await call
-        except (RedisError, OSError):
+        except StoreAway:
             if not self._away_until:
                 log.warning("the shared limits are out of reach: each of %d routers grants its part", self._routers)
             self._away_until = self._clock() + RETRY_S

@@ -1,7 +1,7 @@
 """What the other routers of a fleet have sent to each worker and have no answer to yet, told through Redis.
 
-Knows workers by id and epoch and prompts by block keys; decides nothing. Invariant: what a router last said counts until
-it says something else or has been silent for `TTL_S`; nothing is added up over time, so a lost or doubled message heals.
+Knows workers by id and epoch and prompts by block keys; decides nothing. Invariant: what a router last said counts
+until it says something else or is silent for `TTL_S`; nothing adds up over time, so a lost or doubled message heals.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class PeerLoads:
         return self._totals.get((worker, epoch), (0, 0))[1]
 
     def computing(self, keys: Sequence[BlockKey]) -> Mapping[Place, int]:
-        """How many leading blocks of a prompt are being computed, or held, where others sent a prompt with that head."""
+        """How many leading blocks of a prompt are computed where others sent a prompt with that head."""
         found: dict[Place, int] = {}
         if not self._places_of:
             return found

@@ -115,7 +115,9 @@ class RouterProcess:
         settings = self._settings
         authenticator = open_authenticator(settings.tenants, settings.host)
         check_admin_key(settings.admin_key, settings.host)
-        for port in (settings.port, settings.http_port, settings.admin_port):
+        shared_port = settings.reuse_port == "on"
+        check_free(settings.host, settings.port, shared=shared_port)
+        for port in (settings.http_port, settings.admin_port):
             check_free(settings.host, port)
         secret = await self._agree_on_secret()
         card, tokenizer = await asyncio.to_thread(self._load_model)
@@ -146,12 +148,12 @@ class RouterProcess:
         metrics.gauge("reserved", "Requests that hold a place at a worker", lambda: fleet.num_reserved)
         health = HealthService(lambda: fleet.ready, (INFERENCE, PREFIXES))
         options = ServerOptions(
-            GateLimits(settings.max_request_s), settings.max_message_bytes, settings.reflection == "on"
+            GateLimits(settings.max_request_s), settings.max_message_bytes, settings.reflection == "on", shared_port
         )
         http = await self._serve_http(metrics, lambda: fleet.ready)
         admin = await self._serve(admin_server(view, settings.admin_key, options), settings.admin_port)
         public = public_server(PublicServices(inference, prefixes, health), authenticator, metrics, options)
-        grpc_address = await self._serve(public, settings.port)
+        grpc_address = await self._serve(public, settings.port, shared=shared_port)
         self._parts.callback(health.stop)
         return Listening(self._router_id, grpc_address, http, admin)
 
@@ -204,8 +206,8 @@ class RouterProcess:
         await limits.start()
         return limits
 
-    async def _serve(self, server: grpc.aio.Server, port: int) -> str:
-        where = listen(server, self._settings.host, port)
+    async def _serve(self, server: grpc.aio.Server, port: int, *, shared: bool = False) -> str:
+        where = listen(server, self._settings.host, port, shared=shared)
         await server.start()
         self._parts.push_async_callback(server.stop, GRACE_S)
         return where

@@ -42,7 +42,7 @@ def test_at_most_an_eighth_of_a_common_head_is_missed(common: int, rest: int, st
     peers.take([{"w1": SentLoad(1, 1, 1, marks(sent, min(start, common - 1)))}])
     depth = peers.computing(asked).get((W1, 1), 0)
     assert depth <= common
-    assert depth >= common * 7 / 8 or depth == 0 and min(start, common - 1) >= common * 7 / 8
+    assert depth >= common * 7 / 8 or (depth == 0 and min(start, common - 1) >= common * 7 / 8)
 
 
 def test_marks_of_a_long_prompt_are_few() -> None:
