@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from itertools import islice
 
 from kvstore.block import NO_CONTENT, BlockId, BlockKey, BrokenInvariant, Purged
 from kvstore.block_key import TOKEN_BYTES, token_bytes
@@ -114,6 +115,8 @@ class Tiers:
         self._pending = _Pending()
         self._checksums: dict[int, int] = {}  # content number -> checksum
         device.is_only_tier = cpu.is_only_tier = False
+        self._uncopied: dict[int, BlockId] = {}
+        device.contents.uncopied = self._uncopied
         device.on_forget = self._device_forgot
         device.known_elsewhere = self._cpu_number
         cpu.on_forget = self._cpu_forgot
@@ -121,19 +124,29 @@ class Tiers:
     # Device to CPU
 
     def demote(self) -> int:
-        """Order copies of the blocks that are evicted next and have none; how many. Call it once a step."""
+        """Order copies of the blocks that are evicted next and have none; how many. For the time between two steps.
+
+        Where fewer are cached than it looks ahead, sealed blocks in use come next, the oldest first: when those are
+        given back, they may be evicted at once.
+        """
         room = self._max_demotions - len(self._demotions)
         if room <= 0 or self.device.num_free >= self._max_demotions:
             return 0
         ordered = 0
-        for block in self.device.next_to_evict(LOOK_AHEAD * self._max_demotions):
+        ahead = self.device.next_to_evict(LOOK_AHEAD * self._max_demotions)
+        for block in ahead:
             if ordered == room:
-                break
+                return ordered
+            ordered += self._demote(block)
+        for block in list(islice(self._uncopied.values(), LOOK_AHEAD * self._max_demotions - len(ahead))):
+            if ordered == room:
+                return ordered
             ordered += self._demote(block)
         return ordered
 
     def _demote(self, block: BlockId) -> bool:
         content, number = self.device.contents.of(block), self.device.number(block)
+        self._uncopied.pop(number, None)
         if number in self._demoting or self.cpu.contents.holds(content.key, number):
             return False
         if content.key in self.cpu.contents.by_key or not self._has_room(content.root):
