@@ -127,20 +127,19 @@ class Tiers:
         """Order copies of the blocks that are evicted next and have none; how many. For the time between two steps.
 
         Where fewer are cached than it looks ahead, sealed blocks in use come next, the oldest first: when those are
-        given back, they may be evicted at once.
+        given back, they may be evicted at once. A tier smaller than the device would drop them again before that.
         """
         room = self._max_demotions - len(self._demotions)
         if room <= 0 or self.device.num_free >= self._max_demotions:
             return 0
+        ahead = LOOK_AHEAD * self._max_demotions
+        blocks = self.device.next_to_evict(ahead)
+        if self.cpu.num_blocks > self.device.num_blocks:
+            blocks += islice(self._uncopied.values(), ahead - len(blocks))
         ordered = 0
-        ahead = self.device.next_to_evict(LOOK_AHEAD * self._max_demotions)
-        for block in ahead:
+        for block in blocks:
             if ordered == room:
-                return ordered
-            ordered += self._demote(block)
-        for block in list(islice(self._uncopied.values(), LOOK_AHEAD * self._max_demotions - len(ahead))):
-            if ordered == room:
-                return ordered
+                break
             ordered += self._demote(block)
         return ordered
 
@@ -313,6 +312,8 @@ class Tiers:
                 raise BrokenInvariant("a block of the CPU tier outlived its parent in both tiers")
             if self._checksums.keys() != set(self.cpu.contents.numbers) - {NO_CONTENT}:
                 raise BrokenInvariant("the checksums are not those of the CPU tier's blocks")
+            if any(self.device.number(block) != number for number, block in self._uncopied.items()):
+                raise BrokenInvariant("a block to be copied has lost its content")
 
     def _next_id(self) -> int:
         self._last_id += 1

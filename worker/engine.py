@@ -23,7 +23,7 @@ from kvstore.tiers import TierCounts
 from pando.errors import ConfigError
 from worker.batch import Batch, SamplingParams
 from worker.holdings import Holdings, PinRequest, PurgeCount
-from worker.offload import Offload
+from worker.offload import MOVING_INTERVAL_S, Offload
 from worker.runner import Runner
 from worker.scheduler import Scheduler
 from worker.sequence import SequenceOutput, SequenceRequest
@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 LOAD_INTERVAL_S = 0.1
 CHECK_INTERVAL_S = 1.0
-MOVING_INTERVAL_S = 0.0005
-"""How often an engine that has nothing to compute looks for blocks that have come."""
 WARM_UP_ID = -1
 WARM_UP_TOKENS = 256
 
@@ -212,8 +210,11 @@ class Engine:
         self._take_queued()
         self._holdings.expire(self.clock())
         if self._offload is not None:
-            rates = self._rates
-            self._offload.answer(step_s=rates.step_ms / 1e3, prefill_tokens_per_s=rates.prefill_tokens_per_s)
+            self._offload.answer(
+                step_s=self._rates.step_ms / 1e3,
+                num_sequences=self._scheduler.num_sequences,
+                prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
+            )
         batch = self._scheduler.schedule(self.clock())
         if self._offload is not None:
             self._offload.order(idle=batch is None)

@@ -13,6 +13,8 @@ from worker.runner import BlockMover
 
 MAX_DEMOTIONS = 64
 """Under way at once."""
+MOVING_INTERVAL_S = 0.0005
+"""How often an engine that has nothing to compute looks for blocks that have come."""
 RATE_WEIGHT = 0.1
 """Of the newest promotion in the measured time of one."""
 
@@ -39,8 +41,13 @@ class Offload:
         """Blocks on their way."""
         return len(self._directions)
 
-    def answer(self, *, step_s: float, prefill_tokens_per_s: float) -> None:
-        """Tell the store which copies have ended, and what loading and computing take at present."""
+    def answer(self, *, step_s: float, num_sequences: int, prefill_tokens_per_s: float) -> None:
+        """Tell the store which copies have ended, and what loading and computing take at present.
+
+        Both are counted as the delay of all `num_sequences`, divided by their number: computing keeps everybody
+        waiting, and so do copies, those who have loads to come; but until the end of the step that goes by meanwhile,
+        a load keeps its own sequence alone from its start. Where there is no other, no step goes by.
+        """
         for end in self._mover.take_ended():
             if self._directions.pop(end.number) is Direction.DEMOTE:
                 # Whoever moves the blocks keeps and compares checksums of its own.
@@ -49,9 +56,9 @@ class Offload:
                 if end.ok:
                     self._promote_s += (end.seconds - self._promote_s) * (RATE_WEIGHT if self._promote_s else 1.0)
                 self.tiers.promoted(end.number, ok=end.ok)
-        # A load costs its sequence the step that goes by meanwhile, and waits for the blocks before it.
+        until_seen_s = step_s / num_sequences if num_sequences > 1 else MOVING_INTERVAL_S
         self.tiers.rates = Rates(
-            load_s=step_s + self.num_moving * self._promote_s,
+            load_s=until_seen_s + self.num_moving * self._promote_s,
             load_block_s=self._promote_s,
             prefill_token_s=1.0 / prefill_tokens_per_s if prefill_tokens_per_s else 0.0,
         )
