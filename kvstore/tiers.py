@@ -82,6 +82,8 @@ class TierCounts:
     corrupt: int = 0
     void: int = 0
     """Copies whose source had lost its content when the answer came."""
+    received: int = 0
+    """From other workers."""
     recomputed: int = 0
     """Blocks found in the CPU tier and not loaded, because computing is cheaper."""
 
@@ -184,6 +186,45 @@ class Tiers:
             self.device.end_transfer(order.source)  # last: it may evict the source and what it hangs below
         self.cpu.release((order.target,))
         return stored
+
+    # Other workers
+
+    def number_of(self, content: Content) -> int:
+        """The number of this very content in whichever tier has it; NO_CONTENT if none does."""
+        for pool in (self.device, self.cpu):
+            block = pool.contents.find(*content)
+            if block is not None:
+                return pool.number(block)
+        return NO_CONTENT
+
+    def copy(self, content: Content, number: int) -> bool:
+        """Have a content of the device in the CPU tier too; whether such a copy is on its way."""
+        if number in self._demoting:
+            return True
+        block = self.device.contents.find(*content)
+        return block is not None and self.device.number(block) == number and self._demote(block)
+
+    def make_room(self, root: ScopeRoot) -> list[BlockId] | None:
+        """One empty CPU block for what comes from elsewhere, charged to the owner of `root`; None if there is none."""
+        return self.cpu.allocate(1, root) if self._has_room(root) else None
+
+    def take_in(self, block: BlockId, content: Content, parent_key: BlockKey | None) -> int:
+        """A CPU block was written with what another worker had: its content number, NO_CONTENT if it has no place.
+
+        Its parent, if it has one, must be in one of the tiers still. If the content is here already, that one stays.
+        """
+        here = self.number_of(content)
+        if self.cpu.contents.holds(content.key, here):
+            return here
+        pools = (self.device, self.cpu)
+        if parent_key is not None and not any(pool.contents.holds(parent_key, content.parent) for pool in pools):
+            return NO_CONTENT
+        if self.cpu.seal_as(block, content, here) != block:
+            return NO_CONTENT
+        number = self.cpu.number(block)
+        self._checksums[number] = 0
+        self.counts.received += 1
+        return number
 
     # CPU to device
 
