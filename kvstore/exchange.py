@@ -1,7 +1,7 @@
 """Blocks that go to another worker or come from one, always through the CPU tier of both.
 
-Knows tokens, scopes and tiers, no network and no bytes. Invariants: what leaves was found by its exact scope, parent and
-tokens and is held until it has been read; what arrives can be found only once it is whole, and behind its own parent.
+Knows tokens, scopes and tiers, no network and no bytes. Invariants: what leaves was found by its exact scope, parent
+and tokens and is held until it is read; what arrives can be found only once it is whole, and behind its own parent.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from kvstore.tiers import Tiers
 
 @dataclass(slots=True)
 class Export:
-    """Blocks on their way out, from block `first` of a prompt on. `rows` are CPU blocks that can be read now."""
+    """Up to `most` full blocks of a prompt on their way out, from block `first` on. `rows` are CPU blocks, in order,
+    that can be read now."""
 
+    regions: Sequence[Region]
+    token_ids: array[int]
     first: int
+    most: int
     rows: list[BlockId] = field(default_factory=list)
     contents: list[tuple[Content, int]] = field(default_factory=list)
     """What is still to come, in order, with its content number."""
@@ -34,33 +38,35 @@ class Export:
 
 @dataclass(slots=True)
 class Import:
-    """Blocks on their way in, from block `first` of a prompt on. `rows` are CPU blocks to be written, in order."""
+    """The first `most` full blocks of a prompt, on their way in from block `first` on. `rows` are CPU blocks to be
+    written, in order."""
 
-    first: int
-    rows: list[BlockId]
-    contents: list[Content]
+    regions: Sequence[Region]
+    token_ids: array[int]
+    most: int
+    first: int = 0
+    rows: list[BlockId] = field(default_factory=list)
+    contents: list[Content] = field(default_factory=list)
     """Without the parent, which is known when it has arrived."""
-    parent: tuple[BlockKey | None, int]
+    parent: tuple[BlockKey | None, int] = (None, NO_CONTENT)
     """Key and number of what the next one hangs below."""
     num_arrived: int = 0
 
 
 class Exchange:
-    """Both directions, for one worker's tiers and the thread that owns them."""
+    """Both directions, for one worker's tiers and the thread that owns them. What was begun must be ended; ending what
+    was not begun, or ended before, does nothing."""
 
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
 
     # Out
 
-    def begin_export(self, regions: Sequence[Region], token_ids: array[int], first: int, most: int) -> Export:
-        """Hold or copy to the CPU tier up to `most` full blocks of a prompt that are here, from block `first` on."""
-        export = Export(first)
-        for index, content in enumerate(self._resident(regions, token_ids)):
-            if first <= index < first + most:
-                export.contents.append(content)
+    def begin_export(self, export: Export) -> None:
+        """Hold what of it is in the CPU tier, and order copies of what else is here."""
+        resident = self._resident(export.regions, export.token_ids)
+        export.contents = resident[export.first : export.first + export.most]
         self.advance(export)
-        return export
 
     def advance(self, export: Export) -> None:
         """Take hold of what has come to the CPU tier; order copies of what has not. What was lost ends the export."""
@@ -86,15 +92,16 @@ class Exchange:
 
     # In
 
-    def begin_import(self, regions: Sequence[Region], token_ids: array[int], most: int) -> Import | None:
-        """Make room for up to `most` full blocks of a prompt behind what is here; None if there is none, or no need."""
-        here = self._resident(regions, token_ids)
-        chain = self._chain(regions)
+    def begin_import(self, arriving: Import) -> None:
+        """Make room for what comes behind what is here; no rows if there is none, or no need."""
+        here = self._resident(arriving.regions, arriving.token_ids)
+        chain = self._chain(arriving.regions)
         for content, _ in here:
             chain.advance(content.key)
-        parent = (here[-1][0].key, here[-1][1]) if here else (None, NO_CONTENT)
-        arriving = Import(len(here), [], [], parent)
-        for tokens in _blocks(token_ids, self._size)[len(here) : len(here) + most]:
+        if here:
+            arriving.parent = here[-1][0].key, here[-1][1]
+        arriving.first = len(here)
+        for tokens in _blocks(arriving.token_ids, self._size)[len(here) : arriving.most]:
             rows = self._tiers.make_room(chain.root)
             if rows is None:
                 break
@@ -102,7 +109,6 @@ class Exchange:
             arriving.rows += rows
             arriving.contents.append(Content(key, chain.root, NO_CONTENT, tokens))
             chain.advance(key)
-        return arriving if arriving.rows else None
 
     def arrived(self, arriving: Import, count: int) -> bool:
         """The next `count` rows are written; whether those behind them still have a place to go."""

@@ -5,7 +5,10 @@ Knows no memory and no sequence. For the engine's thread; nothing here waits. In
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvstore.block_pool import BlockPool
+from kvstore.exchange import Exchange, Import
 from kvstore.tiers import LOOK_AHEAD, TierCounts, Tiers, cpu_pool
 from kvstore.transfers import Rates
 from worker.batch import Direction, Transfer
@@ -26,6 +29,7 @@ class Offload:
         # What is looked at to be copied must fit the tier, or copies would drive each other out for ever.
         most = max(1, min(MAX_DEMOTIONS, mover.num_blocks // (2 * LOOK_AHEAD)))
         self.tiers = Tiers(pool, cpu_pool(pool, mover.num_blocks), max_demotions=most)
+        self.exchange = Exchange(self.tiers)
         self._mover = mover
         self._directions: dict[int, Direction] = {}
         self._promote_s = 0.0
@@ -40,6 +44,16 @@ class Offload:
     def num_moving(self) -> int:
         """Blocks on their way."""
         return len(self._directions)
+
+    @property
+    def mover(self) -> BlockMover:
+        """Who has the CPU tier's memory."""
+        return self._mover
+
+    def begin_import(self, arriving: Import) -> None:
+        """Make room for blocks from elsewhere. What is to be wiped is said first: later it would erase what comes."""
+        self.exchange.begin_import(arriving)
+        self._wipe(self.tiers.cpu.take_wipes())
 
     def answer(self, *, step_s: float, num_sequences: int, prefill_tokens_per_s: float) -> None:
         """Tell the store which copies have ended, and what loading and computing take at present.
@@ -73,10 +87,13 @@ class Offload:
         if self._room > 0:
             self._room -= self.tiers.demote()
         orders = self.tiers.take_orders()
-        if orders.wipes:
-            self._mover.wipe(orders.wipes)
+        self._wipe(orders.wipes)
         transfers = [Transfer(one.id, Direction.DEMOTE, one.source, one.target) for one in orders.demotions]
         transfers += [Transfer(one.id, Direction.PROMOTE, one.source, one.target) for one in orders.promotions]
         if transfers:
             self._directions.update((transfer.number, transfer.direction) for transfer in transfers)
             self._mover.start(transfers)
+
+    def _wipe(self, blocks: Sequence[int]) -> None:
+        if blocks:
+            self._mover.wipe(blocks)
