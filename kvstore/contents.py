@@ -29,7 +29,9 @@ class Content(NamedTuple):
 class Contents:
     """The records of `num_blocks` blocks. `numbers` gives new content numbers; the tiers of a worker share it."""
 
-    __slots__ = ("_numbers", "by_key", "children", "collisions", "keys", "numbers", "parents", "roots", "tokens")
+    __slots__ = (
+        "_numbers", "by_key", "children", "collisions", "keys", "numbers", "parents", "roots", "tokens", "uncopied",
+    )  # fmt: skip
 
     def __init__(self, num_blocks: int, numbers: Iterator[int]) -> None:
         self._numbers = numbers
@@ -41,6 +43,8 @@ class Contents:
         self.numbers = array("Q", bytes(8 * num_blocks))
         self.parents = array("Q", bytes(8 * num_blocks))
         self.children = Children(self._label)
+        self.uncopied: dict[int, BlockId] | None = None
+        """With another tier behind this one: blocks it has not been offered, by content number, the oldest first."""
 
     def find(self, key: BlockKey, root: ScopeRoot, parent: int, tokens: bytes) -> BlockId | None:
         """The block of exactly this scope, parent content and tokens; another one under its key is a collision."""
@@ -62,6 +66,8 @@ class Contents:
         self.parents[block] = parent
         self.numbers[block] = number or next(self._numbers)
         self.children.add(parent, block)
+        if self.uncopied is not None and not number:
+            self.uncopied[self.numbers[block]] = block
 
     def of(self, block: BlockId) -> Content:
         """What a sealed block holds."""
@@ -77,6 +83,8 @@ class Contents:
             raise BrokenInvariant(f"block {block} is not sealed")
         self.children.remove(self.parents[block], block)
         del self.by_key[key]
+        if self.uncopied is not None:
+            self.uncopied.pop(self.numbers[block], None)
         self.keys[block] = None
         self.tokens[block] = b""
         self.roots[block] = None

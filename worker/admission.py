@@ -86,9 +86,12 @@ class Admission:
     def _facts(self, sequence: Sequence, now: float) -> AdmissionFacts:
         cached, load, table = sequence.num_computed_tokens, sequence.load, sequence.blocks
         loaded, published = (load.num_loaded, load.num_published) if load is not None else (0, 0)
+        pulled = sequence.request.pulled
+        remote = max(0, min(cached, pulled.stop) - max(cached - loaded, pulled.start))
         return AdmissionFacts(
             cached_device_tokens=cached - loaded,
-            cached_cpu_tokens=loaded,
+            cached_cpu_tokens=loaded - remote,
+            cached_remote_tokens=remote,
             cached_published_tokens=table.cached_published + published,
             queue_s=now - sequence.queued_at,
             blocks_copied=int(cached % self._pool.block_size > 0),

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
+from kvstore.exchange import Export
 from kvstore.quota import Quota
 from kvstore.scope import Region, ScopeRoot, check_regions
 from pando.errors import InvalidRequest
@@ -55,6 +56,35 @@ def sequence_request(submit: pb.Submit, engine_ids: list[int], vocab_size: int, 
         quota=_quota(submit.quota) if submit.HasField("quota") else None,
         weight=max(submit.weight, 1),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class PullOrder:
+    """Where the head of a prompt is. Its first `num_blocks` full blocks are believed to be there."""
+
+    address: str
+    epoch: int
+    num_blocks: int
+    timeout_s: float
+
+
+def pull_order(submit: pb.Submit) -> PullOrder | None:
+    """What a Submit says of blocks to fetch first."""
+    pull = submit.pull
+    if not pull.num_blocks or not pull.timeout_ms or not pull.address:
+        return None
+    return PullOrder(pull.address, pull.epoch, pull.num_blocks, pull.timeout_ms / 1e3)
+
+
+def regions_message(regions: Iterable[Region]) -> list[pb.Region]:
+    """Regions as they cross the wire, without owners."""
+    return [pb.Region(scope_root=region.root, end=region.end or 0) for region in regions]
+
+
+def export_order(request: pb.FetchBlocksRequest, vocab_size: int) -> Export:
+    """The export that a FetchBlocksRequest asks for."""
+    _require(bool(request.token_ids) and max(request.token_ids) < vocab_size)
+    return Export(_regions(request.regions), array("I", request.token_ids), request.first, request.count)
 
 
 def pin_request(pin: pb.Pin, vocab_size: int) -> PinRequest:
@@ -159,6 +189,7 @@ def _admission_message(facts: AdmissionFacts) -> pb.Admission:
     return pb.Admission(
         cached_device_tokens=facts.cached_device_tokens,
         cached_cpu_tokens=facts.cached_cpu_tokens,
+        cached_remote_tokens=facts.cached_remote_tokens,
         cached_published_tokens=facts.cached_published_tokens,
         blocks_copied=facts.blocks_copied,
         queue_ms=facts.queue_s * 1e3,

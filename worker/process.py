@@ -133,7 +133,7 @@ class WorkerProcess:
         )
         self._loop = _LoopThread()
         identity = _identity(settings, spec, epoch)
-        self._server = self._loop.call(_make_server(self._engine, identity, settings.link_token))
+        self._server = self._loop.call(_make_server(self._engine, identity, settings.link_token, offload))
         self._engine.start()
         address = self._loop.call(self._server.start(settings.host, settings.worker_port))
         if self._redis is not None:
@@ -201,8 +201,8 @@ async def _cancel_all() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _make_server(engine: Engine, identity: WorkerIdentity, token: str) -> LinkServer:
-    return LinkServer(engine, identity, token=token)
+async def _make_server(engine: Engine, identity: WorkerIdentity, token: str, offload: Offload | None) -> LinkServer:
+    return LinkServer(engine, identity, token=token, offload=offload)
 
 
 def _connect(settings: WorkerSettings) -> redis.Redis | None:

@@ -52,6 +52,7 @@ class SequenceRequest:
     `token_ids` is the prompt and, on a continuation, the tokens already delivered after it; `sampling.max_tokens`
     counts generated tokens from `num_prompt_tokens`. `deadline` is a time of the engine's clock. Each of `forks` is
     a sequence of its own once the prompt is computed. `weight` is the owner's share of a busy worker beside others'.
+    `pulled` are positions whose KV came from another worker for it.
     """
 
     sequence_id: int
@@ -66,6 +67,7 @@ class SequenceRequest:
     publishers: Publishers = ()
     quota: OwnerQuota | None = None
     weight: int = 1
+    pulled: range = range(0)
 
     @property
     def owner(self) -> ScopeRoot:
@@ -87,6 +89,7 @@ class AdmissionFacts:
     queue_s: float
     blocks_copied: int = 0
     cached_cpu_tokens: int = 0
+    cached_remote_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any, TypeAlias
@@ -21,9 +22,11 @@ from kvstore.events import Event, EventBatch, encode
 from pando.errors import ConfigError, InvalidRequest
 from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
+from worker.block_peers import BlockPeers, PeerRefused
 from worker.engine import Engine, EngineStopped, Load, StepReport
 from worker.link_guard import LinkGuard
-from worker.link_messages import pin_request, purge_roots, sequence_request, worker_messages
+from worker.link_messages import pin_request, pull_order, purge_roots, sequence_request, worker_messages
+from worker.offload import Offload
 from worker.sequence import Finish, SequenceOutput
 from worker.session import Attempt, RouterSession
 
@@ -76,10 +79,16 @@ class _Origin:
 class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
     """Serves `WorkerLink` and health. `deliver` is for the engine's thread, the rest for the loop's."""
 
-    def __init__(self, engine: Engine, identity: WorkerIdentity, *, token: str = "") -> None:
-        """`token` is asked of every caller; without one anybody may call."""
+    def __init__(
+        self, engine: Engine, identity: WorkerIdentity, *, token: str = "", offload: Offload | None = None
+    ) -> None:
+        """`token` is asked of every caller; without one anybody may call. Blocks are exchanged over a CPU tier only."""
         self._engine = engine
         self._identity = identity
+        self._peers: BlockPeers | None = None
+        if offload is not None:
+            fingerprint = identity.key_fingerprint
+            self._peers = BlockPeers(engine, offload, epoch=identity.epoch, key_fingerprint=fingerprint, token=token)
         self._loop = asyncio.get_running_loop()
         self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[LinkGuard(token)])
         self._health = health.aio.HealthServicer()
@@ -109,6 +118,8 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
 
     async def stop(self) -> None:
         """End all sessions and stop listening."""
+        if self._peers is not None:
+            await self._peers.stop()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(STOP_GRACE_S)
 
@@ -143,7 +154,16 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
         return pb.DrainResponse(finished=finished, cancelled=cancelled)
 
     async def FetchBlocks(self, request: pb.FetchBlocksRequest, context: Context) -> None:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this worker does not hand out blocks")
+        if self._peers is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this worker has no CPU tier")
+        try:
+            async with aclosing(self._peers.chunks(request, self._identity.vocab_size)) as chunks:
+                async for chunk in chunks:
+                    await context.write(chunk)
+        except PeerRefused as refused:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(refused))
+        except EngineStopped:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker stops")
 
     async def Purge(self, request: pb.PurgeRequest, context: Context) -> pb.PurgeResponse:
         try:
@@ -166,7 +186,7 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
         except TimeoutError:
             late = list(self._origins)
             for engine_id in late:
-                self._engine.cancel(engine_id)
+                self._cancel(engine_id)
             await self._none_left.wait()
             return present - len(late), len(late)
         return present, 0
@@ -225,7 +245,7 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
             case "submit":
                 self._submit(session, message.submit)
             case "cancel" if message.cancel.sequence in session.engine_ids:
-                self._engine.cancel(session.engine_ids[message.cancel.sequence])
+                self._cancel(session.engine_ids[message.cancel.sequence])
             case "pin":
                 self._pin(message.pin, session)
             case "unpin":
@@ -254,7 +274,16 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
             session.engine_ids[number] = engine_id
             self._origins[engine_id] = _Origin(session, Attempt(number, submit.attempt))
         self._none_left.clear()
-        self._engine.submit(request)
+        order = pull_order(submit)
+        if self._peers is not None and order is not None:
+            self._peers.submit(request, order)
+        else:
+            self._engine.submit(request)
+
+    def _cancel(self, engine_id: int) -> None:
+        if self._peers is not None:
+            self._peers.hurry(engine_id)
+        self._engine.cancel(engine_id)
 
     def _pin(self, pin: pb.Pin, session: RouterSession) -> None:
         try:
@@ -267,7 +296,7 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
         self._sessions.discard(session)
         for engine_id in session.engine_ids.values():
             self._forget(engine_id)
-            self._engine.cancel(engine_id)
+            self._cancel(engine_id)
         session.engine_ids.clear()
 
     def _forget(self, engine_id: int) -> None:

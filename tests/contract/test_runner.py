@@ -206,7 +206,7 @@ def engine_run(
             continue
         while scheduler.num_sequences or (offload is not None and offload.num_moving):
             if offload is not None:
-                offload.answer(step_s=0.0, prefill_tokens_per_s=0.0)
+                offload.answer(step_s=0.0, num_sequences=1, prefill_tokens_per_s=0.0)
             batch = scheduler.schedule(0.0)
             if offload is not None:
                 offload.order(idle=batch is None)

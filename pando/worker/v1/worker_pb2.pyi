@@ -101,7 +101,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("sequence", "request_id", "attempt", "token_ids", "num_prompt_tokens", "regions", "sampling", "priority", "deadline_ms", "no_store", "quota", "forks", "weight")
+    __slots__ = ("sequence", "request_id", "attempt", "token_ids", "num_prompt_tokens", "regions", "sampling", "priority", "deadline_ms", "no_store", "quota", "forks", "weight", "pull")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,7 @@ class Submit(_message.Message):
     QUOTA_FIELD_NUMBER: _ClassVar[int]
     FORKS_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PULL_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     request_id: str
     attempt: int
@@ -128,7 +129,8 @@ class Submit(_message.Message):
     quota: Quota
     forks: _containers.RepeatedCompositeFieldContainer[Fork]
     weight: int
-    def __init__(self, sequence: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., regions: _Optional[_Iterable[_Union[Region, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., no_store: _Optional[bool] = ..., quota: _Optional[_Union[Quota, _Mapping]] = ..., forks: _Optional[_Iterable[_Union[Fork, _Mapping]]] = ..., weight: _Optional[int] = ...) -> None: ...
+    pull: Pull
+    def __init__(self, sequence: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., regions: _Optional[_Iterable[_Union[Region, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., no_store: _Optional[bool] = ..., quota: _Optional[_Union[Quota, _Mapping]] = ..., forks: _Optional[_Iterable[_Union[Fork, _Mapping]]] = ..., weight: _Optional[int] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ...) -> None: ...
 
 class Fork(_message.Message):
     __slots__ = ("sequence", "seed")
@@ -285,24 +287,44 @@ class Pong(_message.Message):
     def __init__(self, nonce: _Optional[int] = ...) -> None: ...
 
 class FetchBlocksRequest(_message.Message):
-    __slots__ = ("epoch", "block_keys")
+    __slots__ = ("epoch", "key_fingerprint", "payload_format", "regions", "token_ids", "first", "count")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    BLOCK_KEYS_FIELD_NUMBER: _ClassVar[int]
+    KEY_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
     epoch: int
-    block_keys: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, epoch: _Optional[int] = ..., block_keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    key_fingerprint: str
+    payload_format: str
+    regions: _containers.RepeatedCompositeFieldContainer[Region]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    first: int
+    count: int
+    def __init__(self, epoch: _Optional[int] = ..., key_fingerprint: _Optional[str] = ..., payload_format: _Optional[str] = ..., regions: _Optional[_Iterable[_Union[Region, _Mapping]]] = ..., token_ids: _Optional[_Iterable[int]] = ..., first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class BlockChunk(_message.Message):
-    __slots__ = ("block_key", "offset", "payload", "checksum")
-    BLOCK_KEY_FIELD_NUMBER: _ClassVar[int]
-    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("index", "payload", "checksum")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
-    block_key: bytes
-    offset: int
+    index: int
     payload: bytes
     checksum: int
-    def __init__(self, block_key: _Optional[bytes] = ..., offset: _Optional[int] = ..., payload: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
+    def __init__(self, index: _Optional[int] = ..., payload: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
+
+class Pull(_message.Message):
+    __slots__ = ("address", "epoch", "num_blocks", "timeout_ms")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    epoch: int
+    num_blocks: int
+    timeout_ms: int
+    def __init__(self, address: _Optional[str] = ..., epoch: _Optional[int] = ..., num_blocks: _Optional[int] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("epoch", "deadline_ms")

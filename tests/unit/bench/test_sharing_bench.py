@@ -98,6 +98,17 @@ def test_offload_compares_both_kinds_on_the_same_texts() -> None:
     assert {claim.relation for claim in finding.claims} <= {"<=", ">=", "<", "="}
 
 
+def test_a_simulated_run_of_offload_is_the_same_each_time() -> None:
+    shape = offload.OffloadShape(
+        requests=8, prefix=64, tail=24, question=6, answer=4, other=80, device=40, cpu=256, repetitions=2
+    )
+    first, second = (offload.run(shape, WORKER, quiet) for _ in range(2))
+    assert first.met, first.claims
+    assert first.claims == second.claims
+    assert [{**row, "CPU s": 0} for row in first.rows] == [{**row, "CPU s": 0} for row in second.rows]
+    assert column(first, "loaded tokens")["CPU tier"] > 0
+
+
 def test_memory_measures_every_size() -> None:
     finding = memory.run(memory.MemoryShape(blocks=(64, 128), rounds=1), quiet)
     assert [row["num_blocks"] for row in finding.rows] == [64, 128]

@@ -66,6 +66,7 @@ class World:
         sinks: int = 0,
     ) -> None:
         self.now = 0.0
+        self.step_s = 0.001
         self.prefill_tokens_per_s = 10_000.0
         self.pool = BlockPool(num_blocks, block_size, key_bits=key_bits, reuse=reuse)
         limits = SchedulerLimits(max_batch_tokens, max_sequences, max_waiting, max_model_len, window, sinks)
@@ -132,7 +133,11 @@ class World:
 
     def step(self) -> bool:
         if self.offload is not None:
-            self.offload.answer(step_s=0.001, prefill_tokens_per_s=self.prefill_tokens_per_s)
+            self.offload.answer(
+                step_s=self.step_s,
+                num_sequences=self.scheduler.num_sequences,
+                prefill_tokens_per_s=self.prefill_tokens_per_s,
+            )
         batch = self.scheduler.schedule(self.now)
         if self.offload is not None:
             self.offload.order(idle=batch is None)
