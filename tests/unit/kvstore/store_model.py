@@ -465,7 +465,7 @@ class Store:
         for table in tables:
             held.update(block for block in table.block_ids if block != NO_BLOCK)
             held.update(block for _, block in table._stand_ins)
-            held.update(table._sources)
+            held.update(table._copies.sources)
         if self.tiers is not None:
             held.update(promotion.order.target for promotion in self.tiers._promotions.values())
             in_cpu = Counter(promotion.order.source for promotion in self.tiers._promotions.values())
