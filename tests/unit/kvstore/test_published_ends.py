@@ -104,6 +104,40 @@ def test_who_computes_past_the_end_leaves_none() -> None:
     assert run(pool, headed(B), text()) == (8, [HEAD, 16])
 
 
+def test_nobody_stops_at_an_end_that_came_meanwhile() -> None:
+    pool = BlockPool(32, SIZE)
+    first, _ = leader(pool, headed(A), text())
+    compute(first, text(), 0, 9)
+    second = BlockTable(pool, headed(B))
+    assert second.attach_blocks(text(), 15) == 8 and second.reserve(16)
+    assert second.share_end(text(), 8, 16) == HEAD
+    compute(first, text(), 9, 16)
+    assert compute(second, text(), 8, 16) == [16]
+    assert len(pool.contents.ends) == 1
+    first.release()
+    second.release()
+
+
+def test_forks_over_the_end_share_it_only_if_it_is_sealed() -> None:
+    pool = BlockPool(32, SIZE)
+    table, _ = leader(pool, headed(A), text())
+    compute(table, text(), 0, 9)
+    twin = table.fork(9)
+    assert not table.seal(text(), HEAD) and pool.contents.ends == set()  # the twin writes to that block, too
+    for one in (table, twin):
+        one.release()
+
+
+def test_no_end_hangs_below_what_was_purged() -> None:
+    pool = BlockPool(32, SIZE)
+    table, _ = leader(pool, headed(A), text())
+    compute(table, text(), 0, 9)
+    pool.purge(PUBLIC)
+    assert not table.seal(text(), HEAD) and pool.num_sealed == 0
+    table.release()
+    pool.check(deep=True)
+
+
 def test_a_longer_block_of_the_scope_is_end_enough() -> None:
     pool = BlockPool(32, SIZE)
     assert run(pool, headed(A, 12), array("I", range(16))) == (0, [16])
