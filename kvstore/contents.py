@@ -18,7 +18,7 @@ ROOT_BYTES = 16
 
 
 class Content(NamedTuple):
-    """What a full block holds: `tokens` (little-endian u32) in the scope `root`, behind the content number `parent`."""
+    """What a sealed block holds: `tokens` (little-endian u32) in the scope `root`, behind the content `parent`."""
 
     key: BlockKey
     root: ScopeRoot
@@ -30,13 +30,25 @@ class Contents:
     """The records of `num_blocks` blocks. `numbers` gives new content numbers; the tiers of a worker share it."""
 
     __slots__ = (
-        "_numbers", "by_key", "children", "collisions", "keys", "numbers", "parents", "roots", "tokens", "uncopied",
-    )  # fmt: skip
+        "_numbers",
+        "by_key",
+        "children",
+        "collisions",
+        "ends",
+        "keys",
+        "numbers",
+        "parents",
+        "roots",
+        "tokens",
+        "uncopied",
+    )
 
     def __init__(self, num_blocks: int, numbers: Iterator[int]) -> None:
         self._numbers = numbers
         self.collisions = 0
         self.by_key: dict[BlockKey, BlockId] = {}
+        self.ends: set[int] = set()
+        """Those of the blocks that hold fewer tokens than a block has: a published head ends there."""
         self.keys: list[BlockKey | None] = [None] * num_blocks
         self.tokens: list[bytes] = [b""] * num_blocks
         self.roots: list[ScopeRoot | None] = [None] * num_blocks
@@ -85,6 +97,7 @@ class Contents:
         del self.by_key[key]
         if self.uncopied is not None:
             self.uncopied.pop(self.numbers[block], None)
+        self.ends.discard(block)
         self.keys[block] = None
         self.tokens[block] = b""
         self.roots[block] = None

@@ -148,6 +148,8 @@ class Tiers:
     def _demote(self, block: BlockId) -> bool:
         content, number = self.device.contents.of(block), self.device.number(block)
         self._uncopied.pop(number, None)
+        if block in self.device.contents.ends:
+            return False
         if number in self._demoting or self.cpu.contents.holds(content.key, number):
             return False
         if content.key in self.cpu.contents.by_key or not self._has_room(content.root):

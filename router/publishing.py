@@ -163,7 +163,7 @@ class Publishing:
             )
 
     def _charge(self, record: PrefixRecord) -> int:
-        return record.num_blocks(self._block_size) * record.copies
+        return record.num_pinned(self._block_size) * record.copies
 
     # Computing
 

@@ -55,7 +55,7 @@ class Admission:
             sequence.num_computed_tokens += sequence.load.num_loaded
         reach = self.reach(sequence, sequence.num_computed_tokens + self._limits.max_batch_tokens)
         while not (self._has_room(sequence, running) and table.reserve(reach)):
-            if not alone or not self._holdings.give_way():
+            if not alone or not (self._drop_part(sequence) or self._holdings.give_way()):
                 sequence.release()
                 self._blocked = (sequence.id, self._pool.num_available)
                 return False
@@ -82,6 +82,15 @@ class Admission:
         sequence.table, sequence.load = table, found.load
         sequence.num_computed_tokens = found.num_tokens
         return not sequence.must_wait()
+
+    def _drop_part(self, sequence: Sequence) -> bool:
+        """Do without the copied start of a block, if there is one: its source is a block more to hold."""
+        if not sequence.num_computed_tokens % self._pool.block_size:
+            return False
+        sequence.blocks.release()
+        limit = len(sequence.token_ids) - 1
+        sequence.num_computed_tokens = sequence.blocks.attach_blocks(sequence.token_ids, limit)
+        return True
 
     def _facts(self, sequence: Sequence, now: float) -> AdmissionFacts:
         cached, load, table = sequence.num_computed_tokens, sequence.load, sequence.blocks

@@ -108,9 +108,8 @@ class Scheduler:
     def num_queued_tokens(self) -> int:
         """Tokens that wait to be computed before their sequences can go on: not the one of a decode, and not those that
         another sequence computes already."""
-        size = self._pool.block_size
         return sum(
-            max(s.num_uncomputed_tokens - 1 - (s.wait.num_blocks * size if s.wait is not None else 0), 0)
+            max(s.num_uncomputed_tokens - 1 - (s.wait.num_tokens if s.wait is not None else 0), 0)
             for s in self._sequences.values()
             if s.origin is None
         )
@@ -149,8 +148,7 @@ class Scheduler:
             table = sequence.blocks
             if sequence.unsettled:
                 table.copies_done()
-                sequence.unsettled = False
-            table.seal(sequence.token_ids, sequence.num_computed_tokens)
+            sequence.unsettled = table.seal(sequence.token_ids, sequence.num_computed_tokens)
             self._admission.leave_window(sequence)
             if share.sampling is not None:
                 self._queue.serve(sequence, generated_tokens=1 + len(sequence.forks))
@@ -228,7 +226,7 @@ class Scheduler:
     def _fork(self, sequence: Sequence) -> list[Sequence]:
         """Let those go that waited for this prompt, over the same blocks; what is too many to run goes to the queue."""
         forks, sequence.forks = sequence.forks, []
-        sequence.unsettled = bool(forks)
+        sequence.unsettled |= bool(forks)
         for fork in forks:
             fork.follow(sequence)
             if len(self._running) < self._limits.max_sequences:

@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 Scenario = Callable[[WorkerShape, Say], Finding]
 
 SCENARIOS: dict[str, Scenario] = {
-    "tenants": lambda worker, say: tenants.run(tenants.TenantsShape(), worker, say),
+    "tenants": lambda worker, say: tenants.run_all(tenants.SHAPES, worker, say),
     "flight": lambda worker, say: flight.run(flight.FlightShape(), worker, say),
     "forks": lambda worker, say: forks.run(forks.ForksShape(), worker, say),
     "burst": lambda worker, say: burst.run(burst.BurstShape(), worker, say),
