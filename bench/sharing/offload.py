@@ -34,7 +34,7 @@ class OffloadShape:
     pause_s: float = 0.25
     device: int = 160
     cpu: int = 1024
-    repetitions: int = 5
+    repetitions: int = 7
     seed: int = 5
 
 
@@ -48,6 +48,7 @@ class Run:
     ttft_s: float
     first_s: float
     last_s: float
+    first_cpu_s: float
     first_ttft_s: float
     last_ttft_s: float
     computed: int
@@ -66,7 +67,10 @@ def run(shape: OffloadShape, worker: WorkerShape, say: Callable[[str], None]) ->
         for name in sorted(kinds, reverse=repetition % 2 == 1):
             one = _once(shape, kinds[name], repetition)
             runs[name].append(one)
-            say(f"{repetition + 1}/{shape.repetitions} {name}: {one.seconds:.2f} s, TTFT p50 {one.ttft_s:.3f} s")
+            say(
+                f"{repetition + 1}/{shape.repetitions} {name}: {one.first_s:.2f} s and {one.last_s:.2f} s, "
+                f"TTFT p50 {one.first_ttft_s:.3f} s and {one.last_ttft_s:.3f} s"
+            )
     computed = sum(a.computed for a in runs["CPU tier"]) / sum(b.computed for b in runs["no CPU tier"])
     pairs = list(zip(runs["CPU tier"], runs["no CPU tier"], strict=True))
     ratios: dict[str, list[float]] = {
@@ -86,7 +90,8 @@ def run(shape: OffloadShape, worker: WorkerShape, say: Callable[[str], None]) ->
             Claim("throughput with the tier / without", round(throughput, 3), ">=", 1.0),
             Claim("TTFT p50 with the tier / without", _median(ratios["ttft_s"]), "<", 1.0),
             Claim("the same of the first, cold turn alone: never slower", _median(ratios["first_ttft_s"]), "<=", 1.05),
-            Claim("the same of the last turn alone", _median(ratios["last_ttft_s"]), "<", 1.0),
+            *(() if worker.simulated else (_cold_cpu(pairs),)),
+            Claim("TTFT p50 of the last turn with the tier / without", _median(ratios["last_ttft_s"]), "<", 1.0),
             Claim("its middle pair / the best pair of the cold turn", _beyond(ratios, "ttft_s"), "<", 1.0),
             Claim("seconds of the last turn with the tier / without", _median(ratios["last_s"]), "<", 1.0),
             Claim("the middle pair of these / the best of the cold turn", _beyond(ratios, "s"), "<", 1.0),
@@ -96,6 +101,12 @@ def run(shape: OffloadShape, worker: WorkerShape, say: Callable[[str], None]) ->
 
 def _median(ratios: list[float]) -> float:
     return round(median(ratios), 3)
+
+
+def _cold_cpu(pairs: list[tuple[Run, Run]]) -> Claim:
+    """What the tier costs where it cannot gain, whatever else the machine does."""
+    found = median(a.first_cpu_s / b.first_cpu_s for a, b in pairs)
+    return Claim("CPU seconds of the cold turn, copies among them", round(found, 3), "<=", 1.05)
 
 
 def _beyond(ratios: dict[str, list[float]], what: str) -> float:
@@ -133,8 +144,8 @@ def _once(shape: OffloadShape, kind: WorkerShape, repetition: int) -> Run:
     texts = [prefix + random_tokens(rng, shape.tail) for _ in range(shape.requests)]
     sampling = SamplingParams(max_tokens=shape.answer)
     by_turn: list[list[Answer]] = []
-    cpu_s = 0.0
     seconds: list[float] = []
+    cpu_s: list[float] = []
     for turn in range(shape.turns):
         if turn:
             one.pause(shape.pause_s)
@@ -149,18 +160,19 @@ def _once(shape: OffloadShape, kind: WorkerShape, repetition: int) -> Run:
         numbers = [one.submit(text, one.regions("a"), sampling=sampling) for text in texts]
         one.run()
         seconds.append(one.now - began)
-        cpu_s += process_time() - cpu_began
+        cpu_s.append(process_time() - cpu_began)
         by_turn.append([one.answers[number] for number in numbers])
     everyone = [answer for answers in by_turn for answer in answers]
     ttfts = [median(answer.ttft_s for answer in answers) for answers in by_turn]
     one.close()
     return Run(
         seconds=sum(seconds),
-        cpu_s=cpu_s,
+        cpu_s=sum(cpu_s),
         tokens=sum(len(answer.token_ids) for answer in everyone),
         ttft_s=median(answer.ttft_s for answer in everyone),
         first_s=seconds[0],
         last_s=seconds[-1],
+        first_cpu_s=cpu_s[0],
         first_ttft_s=ttfts[0],
         last_ttft_s=ttfts[-1],
         computed=one.computed,
