@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
@@ -22,11 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import pando
 from pando.errors import InvalidRequest, NotFound, PermissionDenied, ResourceExhausted, Unauthenticated, Unavailable
-from router.auth import key_hash
+from tests.fleet_processes import ROOT, Child, Fleet, fleet_of, some_tokens, until
 
 pytestmark = pytest.mark.timeout(110)
 
-ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 16
 TENANTS = {
     "alice": 'groups = ["team"]\npublish = ["own", "group", "public"]',
@@ -36,101 +31,15 @@ TENANTS = {
 }
 
 
-@dataclass
-class Child:
-    process: subprocess.Popen[str]
-    ready: dict[str, Any]
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(20)
-
-
-@dataclass
-class Fleet:
-    """Two workers and routers on one Redis."""
-
-    redis: Any
-    folder: Path
-    parts: ExitStack
-    children: list[Child] = field(default_factory=list)
-
-    def launch(self, module: str, *flags: str) -> Child:
-        env = {name: value for name, value in os.environ.items() if not name.startswith("PANDO_")}
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, "--json", "--redis", self.redis.url, "--cluster", "shared", *flags],
-            cwd=ROOT,
-            env=env | {"PANDO_CLUSTER_SECRET": "a secret of the cluster"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        assert process.stdout is not None
-        self.parts.callback(process.stdout.close)
-        child = Child(process, {})
-        self.parts.callback(child.stop)
-        return child
-
-    def router(self) -> Child:
-        ports = ["--port", "0", "--http-port", "0", "--admin-port", "0"]
-        child = self.launch("router", *ports, "--tenants", str(self.folder / "tenants.toml"))
-        child.ready = line(child)
-        with self.client(child, "alice") as client:
-            until(lambda: answers(client), 15)
-        return child
-
-    def client(self, router: Child, tenant: str) -> pando.Client:
-        return pando.Client(router.ready["grpc"], api_key=f"key of {tenant}", timeout=20)
-
-
-def line(child: Child) -> dict[str, Any]:
-    assert child.process.stdout is not None
-    said = child.process.stdout.readline()
-    assert said, f"ended with {child.process.wait(10)}"
-    return dict(json.loads(said))
-
-
-def answers(client: pando.Client) -> bool:
-    try:
-        return bool(client.generate(token_ids=[1, 2, 3], max_tokens=1))
-    except Unavailable:
-        return False
-
-
-def until(fact: Callable[[], Any], seconds: float = 10.0) -> None:
-    ends = time.monotonic() + seconds
-    while not fact():
-        assert time.monotonic() < ends
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    from tests.conftest import RedisServer
-
-    folder = tmp_path_factory.mktemp("prefixes")
-    tables = (f'[tenants.{name}]\nkeys = ["{key_hash(f"key of {name}")}"]\n{rest}\n' for name, rest in TENANTS.items())
-    (folder / "tenants.toml").write_text("\n".join(tables))
-    with ExitStack() as parts:
-        server = RedisServer(folder)
-        server.start()
-        parts.callback(server.stop)
-        made = Fleet(server, folder, parts)
-        flags = ("--runner", "simulated", "--model", "pando-tiny", "--device-blocks", "4000")
-        workers = [made.launch("worker", "--worker-id", f"w{number}", *flags) for number in range(2)]
-        for worker in workers:
-            worker.ready = line(worker)
+    with fleet_of(tmp_path_factory.mktemp("prefixes"), TENANTS, "--device-blocks", "4000") as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def router(fleet: Fleet) -> Child:
     return fleet.router()
-
-
-def some_tokens(seed: int, count: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(10, 2000) for _ in range(count)]
 
 
 def full(count: int) -> int:

@@ -117,9 +117,7 @@ async def test_deltas_come_in_order_and_the_first_says_what_was_cached(stage: St
 
 
 @pytest.mark.parametrize("begun", [False, True])
-async def test_a_purge_ends_a_request_and_leaves_its_worker_in_place(
-    stage: Stage, tokens: Tokens, begun: bool
-) -> None:
+async def test_a_purge_ends_a_request_and_leaves_its_worker_in_place(stage: Stage, tokens: Tokens, begun: bool) -> None:
     stage.add("w")
     call, submit, link = await begin(stage, tokens(50))
     if begun:
