@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import pando
 from pando.errors import Unavailable
 from router.auth import key_hash
-from tests.conftest import RedisServer
+from tests.conftest import RedisServer, unused_port
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "a secret of the cluster"
@@ -91,9 +91,12 @@ def fleet_of(
         parts.callback(server.stop)
         made = Fleet(server, folder, parts, tenants, env or {})
         flags = ("--runner", "simulated", "--model", "pando-tiny", *worker_flags)
-        made.workers = [made.launch("worker", "--worker-id", f"w{number}", *flags) for number in range(2)]
-        for worker in made.workers:
-            worker.ready = line(worker)
+        ports = [unused_port() for _ in range(2)]
+        for number, port in enumerate(ports):
+            own = ("--worker-id", f"w{number}", "--worker-metrics-port", f"{port}")
+            made.workers.append(made.launch("worker", *own, *flags))
+        for worker, port in zip(made.workers, ports, strict=True):
+            worker.ready = line(worker) | {"http": f"127.0.0.1:{port}"}
         yield made
 
 
