@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ class Result:
 
 
 class World:
-    """`step` is the engine's, in one place; `batches` keeps what ran."""
+    """`step` is the engine's, in one place; `batches` keeps what ran. A `runner` of one's own brings its own shape."""
 
     def __init__(
         self,
@@ -64,18 +65,19 @@ class World:
         num_cpu_blocks: int = 0,
         window: int | None = None,
         sinks: int = 0,
+        runner: Any = None,
     ) -> None:
         self.now = 0.0
         self.prefill_tokens_per_s = 10_000.0
-        self.pool = BlockPool(num_blocks, block_size, key_bits=key_bits, reuse=reuse)
-        limits = SchedulerLimits(max_batch_tokens, max_sequences, max_waiting, max_model_len, window, sinks)
-        self.runner = SimulatedRunner(
+        self.runner = runner or SimulatedRunner(
             spec(num_blocks, block_size, max_model_len, window, sinks),
             StepCost(0.001, 0.0001),
             num_cpu_blocks=num_cpu_blocks,
             sleep=self.sleep,
             clock=lambda: self.now,
         )
+        self.pool = BlockPool(self.runner.spec.num_blocks, self.runner.spec.block_size, key_bits=key_bits, reuse=reuse)
+        limits = SchedulerLimits(max_batch_tokens, max_sequences, max_waiting, max_model_len, window, sinks)
         self.tiers: Tiers | None = None
         self.offload: Offload | None = None
         if self.runner.mover is not None:
@@ -84,6 +86,8 @@ class World:
         self.holdings = Holdings(self.pool, self.tiers)
         self.scheduler = Scheduler(self.pool, limits, holdings=self.holdings, tiers=self.tiers)
         self.batches: list[Batch] = []
+        self.before_execute: Callable[[], None] = lambda: None
+        """What a test does to memory between the decision and the step."""
         self.results: dict[int, Result] = {}
 
     def sleep(self, seconds: float) -> None:
@@ -136,6 +140,7 @@ class World:
             self.offload.order(idle=batch is None)
         if batch is not None:
             self.batches.append(batch)
+            self.before_execute()
             self.scheduler.complete(batch, self.runner.execute(batch))
         elif self.offload is not None and self.offload.num_moving:
             self.now += 0.001
