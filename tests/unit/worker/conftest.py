@@ -76,7 +76,9 @@ class World:
             sleep=self.sleep,
             clock=lambda: self.now,
         )
-        self.pool = BlockPool(self.runner.spec.num_blocks, self.runner.spec.block_size, key_bits=key_bits, reuse=reuse)
+        shape = self.runner.spec
+        # As the CPU tier's, the pool says what became free: tests poison it.
+        self.pool = BlockPool(shape.num_blocks, shape.block_size, key_bits=key_bits, reuse=reuse, wipe=True)
         limits = SchedulerLimits(max_batch_tokens, max_sequences, max_waiting, max_model_len, window, sinks)
         self.tiers: Tiers | None = None
         self.offload: Offload | None = None
@@ -86,8 +88,8 @@ class World:
         self.holdings = Holdings(self.pool, self.tiers)
         self.scheduler = Scheduler(self.pool, limits, holdings=self.holdings, tiers=self.tiers)
         self.batches: list[Batch] = []
-        self.before_execute: Callable[[], None] = lambda: None
-        """What a test does to memory between the decision and the step."""
+        self.on_schedule: Callable[[], None] = lambda: None
+        """What a test does to memory once a step is decided, before anything of it is done."""
         self.results: dict[int, Result] = {}
 
     def sleep(self, seconds: float) -> None:
@@ -136,11 +138,11 @@ class World:
         if self.offload is not None:
             self.offload.answer(step_s=0.001, prefill_tokens_per_s=self.prefill_tokens_per_s)
         batch = self.scheduler.schedule(self.now)
+        self.on_schedule()
         if self.offload is not None:
             self.offload.order(idle=batch is None)
         if batch is not None:
             self.batches.append(batch)
-            self.before_execute()
             self.scheduler.complete(batch, self.runner.execute(batch))
         elif self.offload is not None and self.offload.num_moving:
             self.now += 0.001
