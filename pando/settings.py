@@ -87,6 +87,7 @@ class RouterSettings(FleetSettings):
     max_request_s: float = option(600.0, "longest a request may take; a client's deadline can be shorter")
     max_in_flight: int = option(1024, "most requests one router serves at once")
     tokenizer_threads: int = option(2, "threads that tokenize")
+    tenant_metrics: int = option(256, "tenants that /metrics tells apart; all others are counted together")
 
 
 @dataclass(frozen=True, kw_only=True)

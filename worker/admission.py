@@ -89,6 +89,7 @@ class Admission:
         return AdmissionFacts(
             cached_device_tokens=cached - loaded,
             cached_cpu_tokens=loaded,
+            cached_cpu_published_tokens=published,
             cached_published_tokens=table.cached_published + published,
             queue_s=now - sequence.queued_at,
             blocks_copied=int(cached % self._pool.block_size > 0),

@@ -7,14 +7,11 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 import redis
-from prometheus_client.parser import text_string_to_metric_families
 
 import pando
 from pando.errors import InvalidRequest, NotFound, PermissionDenied, ResourceExhausted, Unauthenticated, Unavailable
@@ -232,50 +229,6 @@ def test_redis_holds_no_token_and_no_name(fleet: Fleet, router: Child) -> None:
         for secret in (b"alice", b"team", b"nobody-may", b"\xf5\x01\x00\x00\xf6\x01", b"\x01\xf5\x01\xf6"):
             assert secret not in dump
         alice.delete_prefix(published.id)
-
-
-def test_the_counters_are_the_sum_of_the_responses(fleet: Fleet) -> None:
-    """A router of its own counts from zero."""
-    router = fleet.router()
-    head = some_tokens(50, 112)
-    sums: Counter[tuple[str, ...]] = Counter()
-    with fleet.client(router, "alice") as alice, fleet.client(router, "bob") as bob:
-        before = counters(router)
-        published = alice.publish_prefix(token_ids=head, scope="public", warm=True)
-        for number, client in enumerate((alice, bob, bob, alice, bob)):
-            tenant = "alice" if client is alice else "bob"
-            request = head + some_tokens(51 + number // 3, 40)
-            u = client.generate(token_ids=request, max_tokens=3, n=1 + number % 2).usage
-            sums["tokens", tenant, "computed"] += u.prompt_tokens - u.cached_tokens
-            sums["tokens", tenant, "cached"] += u.cached_tokens
-            sums["tokens", tenant, "completion"] += u.completion_tokens
-            for tier in ("device", "cpu", "remote"):
-                sums["cached_tokens", tenant, tier] += getattr(u, f"cached_{tier}")
-            for scope in ("own", "published"):
-                sums["scope_cached_tokens", tenant, scope] += getattr(u, f"cached_{scope}")
-            sums["predicted_cached_tokens", tenant] += u.predicted_cached_tokens
-            sums["blocks_copied", tenant] += u.blocks_copied
-        after = counters(router)
-        alice.delete_prefix(published.id)
-    assert {key: value - before.get(key, 0) for key, value in after.items() if value != before.get(key, 0)} == {
-        key: value for key, value in sums.items() if value
-    }
-    assert sums["scope_cached_tokens", "bob", "published"] == 3 * 112 and sums["scope_cached_tokens", "bob", "own"] > 0
-    router.stop()
-
-
-def counters(router: Child) -> dict[tuple[str, ...], float]:
-    """Counters of tenants: (name, tenant, tier or scope or kind) to value."""
-    with urllib.request.urlopen(f"http://{router.ready['http']}/metrics", timeout=5) as answer:
-        text = answer.read().decode()
-    found = {}
-    for family in text_string_to_metric_families(text.replace("# EOF", "")):
-        for sample in family.samples:
-            name = sample.name.removeprefix("pando_router_").removesuffix("_total")
-            if sample.name.endswith("_total") and "tenant" in sample.labels and not name.startswith("requests"):
-                rest = (sample.labels[label] for label in ("kind", "tier", "scope") if label in sample.labels)
-                found[name, sample.labels["tenant"], *rest] = sample.value
-    return found
 
 
 def test_the_command_line(fleet: Fleet, router: Child) -> None:
