@@ -255,6 +255,16 @@ def test_a_recorded_pair_of_prompts_with_one_key_costs_a_miss_and_nothing_else(w
     fleet.assert_nothing_held()
 
 
+def test_equal_text_under_equal_keys_is_anothers_all_the_same(world: MakeWorld) -> None:
+    """With keys of one bit every other tenant's first block has the key of a's."""
+    fleet = world(key_bits=1)
+    fleet.tokens(prompt())
+    strangers = [f"b{number}" for number in range(12)]
+    assert {asked(fleet, prompt(), tenant=name, max_tokens=1) for name in strangers} == {NOTHING}
+    assert fleet.pool.key_collisions > len(strangers)
+    assert asked(fleet, prompt()).device >= 4
+
+
 @pytest.mark.parametrize("num_cpu_blocks", [0, 60])
 @pytest.mark.parametrize("key_bits", [8, 128])
 def test_an_engine_with_short_keys_answers_as_without_a_cache(
