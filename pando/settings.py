@@ -89,6 +89,7 @@ class RouterSettings(FleetSettings):
     tokenizer_threads: int = option(2, "threads that tokenize")
     processes: int = option(1, "router processes on the one gRPC port; HTTP and admin ports go up by 2 for each")
     reuse_port: str = option("off", "share the gRPC port with other routers of this user", choices=("on", "off"))
+    tenant_metrics: int = option(256, "tenants that /metrics tells apart; all others are counted together")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -269,6 +269,8 @@ class _Story:
         match end.finish, end.reason:
             case "deadline", _:
                 raise _deadline_exceeded()
+            case "cancelled", "PURGED":
+                raise Unavailable("the tenant's cache was purged while this ran", reason="PURGED")
             case ("rejected", "DRAINING") | ("error", "WORKER_STOPPED") | ("cancelled", _):
                 self._fleet.note_draining(*self._place)
                 raise WorkerLost

@@ -123,7 +123,7 @@ class RouterProcess:
         card, tokenizer = await asyncio.to_thread(self._load_model)
         self._parts.callback(tokenizer.close)
         index, mirror, fleet = await self._follow_fleet()
-        metrics = Metrics(authenticator.known())
+        metrics = Metrics(authenticator.known(), most_tenants=settings.tenant_metrics)
         admission = Admission(settings.max_in_flight, await self._share_limits(secret))
         served = ServedModel(card, fleet).card
         sharing = await self._share_prefixes(fleet, authenticator, secret, card.name)

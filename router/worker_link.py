@@ -170,7 +170,7 @@ class WorkerLink:
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             stub = worker_pb2_grpc.WorkerLinkStub(channel)
             try:
-                answer = await stub.Purge(pb.PurgeRequest(roots=roots), timeout=timeout_s)
+                answer = await stub.Purge(pb.PurgeRequest(roots=roots), timeout=timeout_s, metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
                 logger.warning("worker %s did not purge: %s", self._expected.worker, error.code().name)
                 return None

@@ -95,12 +95,15 @@ class Admission:
     def _facts(self, sequence: Sequence, now: float) -> AdmissionFacts:
         cached, load, table = sequence.num_computed_tokens, sequence.load, sequence.blocks
         loaded, published = (load.num_loaded, load.num_published) if load is not None else (0, 0)
-        pulled = sequence.request.pulled
-        remote = max(0, min(cached, pulled.stop) - max(cached - loaded, pulled.start))
+        first, pulled = cached - loaded, sequence.request.pulled
+        remote = _overlap(range(first, cached), pulled)
+        remote_published = _overlap(range(first, first + published), pulled)
         return AdmissionFacts(
             cached_device_tokens=cached - loaded,
             cached_cpu_tokens=loaded - remote,
             cached_remote_tokens=remote,
+            cached_cpu_published_tokens=published - remote_published,
+            cached_remote_published_tokens=remote_published,
             cached_published_tokens=table.cached_published + published,
             queue_s=now - sequence.queued_at,
             blocks_copied=int(cached % self._pool.block_size > 0),
@@ -147,3 +150,7 @@ class Admission:
             return False
         owner = self._pool.account(sequence.request.owner)
         return owner.held - (-len(sequence.token_ids) // self._pool.block_size) <= owner.floor
+
+
+def _overlap(one: range, other: range) -> int:
+    return max(0, min(one.stop, other.stop) - max(one.start, other.start))

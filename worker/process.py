@@ -121,6 +121,9 @@ class WorkerProcess:
         metrics = StepMetrics(self._on_step, model=spec.name, worker=settings.worker_id)
         offload = _offload(self._runner, pool)
         tiers = offload.tiers if offload is not None else None
+        metrics.watch("device", pool)
+        if tiers is not None:
+            metrics.watch("cpu", tiers.cpu)
         holdings = Holdings(pool, tiers)
         self._engine = Engine(
             self._runner,

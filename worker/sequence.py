@@ -82,7 +82,7 @@ class SequenceRequest:
 @dataclass(frozen=True, slots=True)
 class AdmissionFacts:
     """What admission found, counted once. Cached counts are positions of `token_ids`, published ones included; each
-    lies in one tier."""
+    lies in one tier. `cached_cpu_published_tokens` are those of the published ones that the CPU tier had."""
 
     cached_device_tokens: int
     cached_published_tokens: int
@@ -90,6 +90,8 @@ class AdmissionFacts:
     blocks_copied: int = 0
     cached_cpu_tokens: int = 0
     cached_remote_tokens: int = 0
+    cached_cpu_published_tokens: int = 0
+    cached_remote_published_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

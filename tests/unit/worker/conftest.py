@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ class Result:
 
 
 class World:
-    """`step` is the engine's, in one place; `batches` keeps what ran."""
+    """`step` is the engine's, in one place; `batches` keeps what ran. A `runner` of one's own brings its own shape."""
 
     def __init__(
         self,
@@ -64,19 +65,22 @@ class World:
         num_cpu_blocks: int = 0,
         window: int | None = None,
         sinks: int = 0,
+        runner: Any = None,
     ) -> None:
         self.now = 0.0
         self.step_s = 0.001
         self.prefill_tokens_per_s = 10_000.0
-        self.pool = BlockPool(num_blocks, block_size, key_bits=key_bits, reuse=reuse)
-        limits = SchedulerLimits(max_batch_tokens, max_sequences, max_waiting, max_model_len, window, sinks)
-        self.runner = SimulatedRunner(
+        self.runner = runner or SimulatedRunner(
             spec(num_blocks, block_size, max_model_len, window, sinks),
             StepCost(0.001, 0.0001),
             num_cpu_blocks=num_cpu_blocks,
             sleep=self.sleep,
             clock=lambda: self.now,
         )
+        shape = self.runner.spec
+        # As the CPU tier's, the pool says what became free: tests poison it.
+        self.pool = BlockPool(shape.num_blocks, shape.block_size, key_bits=key_bits, reuse=reuse, wipe=True)
+        limits = SchedulerLimits(max_batch_tokens, max_sequences, max_waiting, max_model_len, window, sinks)
         self.tiers: Tiers | None = None
         self.offload: Offload | None = None
         if self.runner.mover is not None:
@@ -85,6 +89,8 @@ class World:
         self.holdings = Holdings(self.pool, self.tiers)
         self.scheduler = Scheduler(self.pool, limits, holdings=self.holdings, tiers=self.tiers)
         self.batches: list[Batch] = []
+        self.on_schedule: Callable[[], None] = lambda: None
+        """What a test does to memory once a step is decided, before anything of it is done."""
         self.results: dict[int, Result] = {}
 
     def sleep(self, seconds: float) -> None:
@@ -139,6 +145,7 @@ class World:
                 prefill_tokens_per_s=self.prefill_tokens_per_s,
             )
         batch = self.scheduler.schedule(self.now)
+        self.on_schedule()
         if self.offload is not None:
             self.offload.order(idle=batch is None)
         if batch is not None:
