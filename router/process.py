@@ -140,7 +140,7 @@ class RouterProcess:
         )
         _add_gauges(metrics, view)
         metrics.gauge("published_prefixes", "Published prefixes", lambda: len(sharing.catalog))
-        metrics.gauge("reserved", "Requests that hold a place at a worker", lambda: fleet.num_reserved)
+        metrics.gauge("reserved", "Answers that hold a place at a worker", lambda: fleet.num_reserved)
         health = HealthService(lambda: fleet.ready, (INFERENCE, PREFIXES))
         options = ServerOptions(
             GateLimits(settings.max_request_s), settings.max_message_bytes, settings.reflection == "on"
