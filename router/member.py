@@ -248,7 +248,8 @@ class Member:
             return IS_DRAINING if state is WorkerState.DRAINING else NOT_READY
         if prompt.num_tokens + prompt.max_tokens > lease.max_model_len:
             return CONTEXT_LENGTH
-        if prompt.num_positions > lease.device_blocks * lease.block_size:
+        held = min(prompt.num_positions, lease.max_held or prompt.num_positions)
+        if held > lease.device_blocks * lease.block_size:
             return KV_CAPACITY
         if lease.max_waiting and in_flight >= lease.max_sequences + lease.max_waiting:
             return QUEUE_FULL

@@ -205,7 +205,7 @@ class Refusal:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Iterator[Tokenizer]:
-    made = Tokenizer(resolve_model("pando-tiny"), max_tokens=8192)
+    made = Tokenizer(resolve_model("pando-tiny"), max_tokens=lambda: 8192)
     yield made
     made.close()
 

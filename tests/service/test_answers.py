@@ -1,4 +1,4 @@
-"""n answers end to end: client, router and worker on real ports; one prefill, shared and private blocks by count."""
+"""What answers take, end to end on real ports: n of them one prefill, an endless one no more than its window."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import urllib.request
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import pando
 from pando.admin_client import AdminClient
+from pando.errors import InvalidRequest
+from pando.model_folder import resolve_model
 from pando.settings import RouterSettings, WorkerSettings
 from router.generation import derived_seed
+from router.model_card import read_model_card
 from router.process import Listening, RouterProcess
 from tests.conftest import RedisServer
 from worker.process import WorkerProcess
@@ -39,6 +43,14 @@ class House:
             (worker,) = admin.workers()
         return worker.running, worker.device_blocks - worker.free_blocks - worker.cached_blocks
 
+    async def watched(self, call: asyncio.Task[Any]) -> tuple[int, int]:
+        """The most that `held` says until `call` is done."""
+        seen = [(0, 0)]
+        while not call.done():
+            seen.append(await asyncio.to_thread(self.held))
+            await asyncio.sleep(0.01)
+        return max(seen)
+
     def computed(self) -> float:
         """Prompt tokens that the worker has computed."""
         with urllib.request.urlopen(self.worker_metrics, timeout=5) as answer:
@@ -53,9 +65,8 @@ async def house(server: RedisServer, metrics_port: int, **settings: object) -> A
         WorkerSettings(
             runner="simulated",
             redis=server.url,
-            device_blocks=200,
             worker_metrics_port=metrics_port,
-            **settings,  # type: ignore[arg-type]
+            **{"device_blocks": 200} | settings,  # type: ignore[arg-type]
         )
     )
     router = RouterProcess(RouterSettings(redis=server.url, port=0, http_port=0, admin_port=0))
@@ -89,12 +100,9 @@ async def test_n_answers_cost_one_prefill_and_hold_shared_and_private_blocks(
     ):
         before = it.computed()
         call = asyncio.create_task(client.generate(token_ids=tokens, max_tokens=length, n=N, seed=5, **HOW))
-        seen = []
-        while not call.done():
-            seen.append(await asyncio.to_thread(it.held))
-            await asyncio.sleep(0.01)
+        most = await it.watched(call)
         result = await call
-        assert max(seen) == (N, shared + private)
+        assert most == (N, shared + private)
         assert it.computed() - before == len(tokens)
         usage = result.usage
         assert (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens) == (len(tokens), 0, N * length)
@@ -114,3 +122,42 @@ async def test_computed_and_cached_tokens_are_the_prompt(own_redis: RedisServer,
             usage = (await client.generate(token_ids=tokens, max_tokens=3, n=N, **HOW)).usage
             assert usage.cached_tokens >= 64
             assert it.computed() - before + usage.cached_tokens == usage.prompt_tokens == len(tokens)
+
+
+async def test_a_window_lifts_the_models_context_and_bounds_the_blocks(
+    own_redis: RedisServer, free_port: Callable[[], int]
+) -> None:
+    own = read_model_card("pando-tiny", resolve_model("pando-tiny")).context_length
+    window, sinks, step = 64, 4, 32
+    settings = {"window": window, "sinks": sinks, "max_batch_tokens": step, "simulated_step_ms": 0.0}
+    pool = -(-(sinks + 2 * (window + step + BLOCK)) // BLOCK)  # all that the longest needs
+    async with (
+        house(own_redis, free_port(), device_blocks=pool, **settings) as it,
+        pando.AsyncClient(it.listening.grpc, tenant="a", timeout=60) as client,
+    ):
+        (model,) = await client.list_models()
+        assert model.context_length > 100 * own
+        call = asyncio.create_task(client.generate(token_ids=prompt(100), max_tokens=own + 1, **HOW))
+        running, held = await it.watched(call)
+        result = await call
+        assert (result.finish_reason, len(result.token_ids)) == ("length", own + 1)
+        assert running == 1 and window // BLOCK < held <= window // BLOCK + 3
+        text = await client.generate(text="so many words " * own, max_tokens=1, **HOW)
+        assert text.usage.prompt_tokens > own
+        with pytest.raises(InvalidRequest, match=f"do not fit a context of {model.context_length}"):
+            await client.generate(token_ids=prompt(100), max_tokens=model.context_length)
+
+
+async def test_without_a_window_the_models_context_is_the_limit(
+    own_redis: RedisServer, free_port: Callable[[], int]
+) -> None:
+    own = read_model_card("pando-tiny", resolve_model("pando-tiny")).context_length
+    async with (
+        house(own_redis, free_port(), device_blocks=2 * own // BLOCK) as it,
+        pando.AsyncClient(it.listening.grpc, tenant="a") as client,
+    ):
+        with pytest.raises(InvalidRequest, match=f"do not fit a context of {own}"):
+            await client.generate(token_ids=prompt(100), max_tokens=own - 99)
+        stream = client.stream(token_ids=prompt(100), max_tokens=own - 100)
+        assert (await anext(stream)).token_ids
+        await stream.aclose()
