@@ -214,34 +214,30 @@ class Crew:
 def _own_sigterm() -> Iterator[None]:
     """Within, Ray starts; a SIGTERM that comes meanwhile reaches the handler there was before, maybe a little later.
 
-    Ray sets one of its own that raises `SystemExit`, then one in C++ that aborts, whichever thread the signal finds. So
-    it waits, in this thread and in those that begin here. Processes that begin here must not inherit that.
+    Ray sets one of its own, then one in C++ that aborts, whichever thread the signal finds. So it waits, in this thread
+    and in those that begin here, but for the moments in which a process begins, which must not inherit that.
     """
     handler, mask = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     popen = services.ConsolePopen
 
+    def let_come() -> None:
+        ignored = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # since another signal came
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if ignored else handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
     def popen_unheld(*arguments: Any, **keywords: Any) -> Any:
-        held = signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
+            let_come()
             return popen(*arguments, **keywords)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
     services.ConsolePopen = popen_unheld  # type: ignore[misc, assignment]
-    asked_to_end = False
     try:
         yield
-    except SystemExit:
-        asked_to_end = True
-        raise
     finally:
         services.ConsolePopen = popen  # type: ignore[misc]
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:  # another signal came, after which this one is ignored
-            handler = signal.SIG_IGN
-        signal.signal(signal.SIGTERM, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if asked_to_end:
-            signal.raise_signal(signal.SIGTERM)
+        let_come()
 
 
 @contextlib.contextmanager
