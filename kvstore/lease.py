@@ -43,6 +43,8 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     max_sequences: int = 0
     max_waiting: int = 0
     max_batch_tokens: int = 0
+    max_held: int = 0
+    """Most positions of which one sequence holds KV at a time; a window makes it less than `max_model_len`. 0: all."""
     reuse: bool = True
     """False for a worker that keeps no prefix: nothing it computes may be credited to a later request."""
     life: str = ""

@@ -1,7 +1,7 @@
 """The story of a request once it is checked and tokenized: place it, send it, hand its tokens on.
 
-Knows no text and no gRPC. Invariant: a client gets each token index once and in order, from the current attempt only,
-and whatever way the story ends, its reservation is given back once and the worker is told.
+Knows no text and no gRPC. Invariant: a client gets each token index of an answer once and in order, from the current
+attempt only, and whatever way the story ends, its reservation is given back once and the worker is told.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import asyncio
 import logging
 import uuid
 from array import array
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from kvstore.block import BlockKey, WorkerId
 from kvstore.block_key import block_keys, token_bytes
@@ -32,7 +33,7 @@ from router.scopes import Cover, Scopes
 from router.tenants import NO_QUOTA, KvQuota
 from router.worker_link import LinkStream, WorkerLost
 
-__all__ = ["AdmissionReport", "Dispatch", "SamplingChoice", "TokenDelta", "TokenRequest"]
+__all__ = ["AdmissionReport", "Dispatch", "SamplingChoice", "Story", "TokenDelta", "TokenRequest"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class TokenRequest:
     """A checked request. `deadline` is a time of the event loop's clock.
 
     `groups`, `quota` and `weight` are the tenant's. `warming` is set on the request that computes a published prefix,
-    which is then its whole prompt; `only` names the one worker that shall run a request.
+    which is then its whole prompt; `only` names the one worker that shall run a request. Each of `fork_seeds` asks for
+    one more answer: its own but for the prompt, which is computed once for all.
     """
 
     request_id: str
@@ -60,14 +62,15 @@ class TokenRequest:
     weight: int = 1
     warming: PrefixRecord | None = None
     only: WorkerId | None = None
+    fork_seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TokenDelta:
-    """New tokens of the answer: `token_ids[0]` is generated token number `first_index`.
+    """New tokens of answer `index`: `token_ids[0]` is its generated token number `first_index`.
 
-    `finish` is "stop" or "length" on the last delta; a story that ends otherwise raises. `admission` comes with the
-    first delta. `predicted_cached` is how many prompt tokens the router thought the worker held.
+    `finish` is "stop" or "length" on an answer's last delta; a story that ends otherwise raises. `admission` comes with
+    the first delta of all. `predicted_cached` is how many prompt tokens the router thought the worker held.
     """
 
     first_index: int
@@ -78,6 +81,7 @@ class TokenDelta:
     worker: str
     attempts: int
     predicted_cached: int
+    index: int = 0
 
 
 class Dispatch:
@@ -91,21 +95,25 @@ class Dispatch:
         self._scopes = scopes
         self._ready_grace_s = ready_grace_s
 
-    async def stream(self, request: TokenRequest) -> AsyncIterator[TokenDelta]:
-        """The answer as it comes; raises `pando.errors`. Closing or cancelling this cancels at the worker."""
-        story = _Story(self._fleet, self._scopes, request, self._ready_grace_s)
-        try:
-            while True:
-                delta = await story.next_delta()
-                yield delta
-                if delta.finish is not None:
-                    return
-        finally:
-            story.leave()
+    def stream(self, request: TokenRequest) -> Story:
+        """The answers as they come. Closing the story, or cancelling who waits for it, cancels at the worker."""
+        return Story(self._fleet, self._scopes, request, self._ready_grace_s)
 
 
-class _Story:
-    """One request on its way: at most one attempt at a time holds a reservation and a stream."""
+@dataclass(slots=True)
+class _Answer:
+    """How far one answer is: tokens given to the reader, and whether more will follow."""
+
+    seed: int
+    next_index: int = 0
+    is_over: bool = False
+
+
+class Story:
+    """One request on its way: at most one attempt at a time holds a reservation and a stream.
+
+    An iterator of deltas that raises `pando.errors`. Whoever does not read it to its end closes it.
+    """
 
     def __init__(self, fleet: Fleet, scopes: Scopes, request: TokenRequest, ready_grace_s: float) -> None:
         self._fleet = fleet
@@ -114,28 +122,61 @@ class _Story:
         self._loop = asyncio.get_running_loop()
         self._wait_until = min(request.deadline, self._loop.time() + ready_grace_s)
         self._attempt = 0
-        self._next_index = 0
+        self._answers = [_Answer(seed) for seed in (request.sampling.seed, *request.fork_seeds)]
+        self._running: list[int] = []  # the answers of the newest attempt, in the order of its stream's sequences
         self._place: tuple[WorkerId, int] = (WorkerId(""), 0)  # worker and epoch of the newest attempt
         self._tried: set[tuple[WorkerId, int]] = set()
         self._failure: LinkOutput | None = None
         self._reservation: Reservation | None = None
         self._stream: LinkStream | None = None
+        self._deltas: deque[TokenDelta] = deque()
 
-    async def next_delta(self) -> TokenDelta:
+    def __aiter__(self) -> Story:
+        return self
+
+    async def __anext__(self) -> TokenDelta:
         """The next tokens, from whichever attempt gets that far."""
-        while True:
-            try:
-                if self._failure is not None:
-                    self._fail(self._failure)
-                stream = self._stream or await self._begin()
-                delta = self._accept(await self._take(stream))
-            except WorkerLost:
-                self._after_loss()
-                continue
-            if delta is not None:
-                return delta
+        try:
+            while not self._deltas:
+                if not self._open():
+                    raise StopAsyncIteration
+                await self._advance()
+        except BaseException:
+            self._close()
+            raise
+        return self._deltas.popleft()
 
-    def leave(self) -> None:
+    def drop(self, index: int) -> None:
+        """Want no more of one answer. Idempotent, never waits."""
+        answer = self._answers[index]
+        if answer.is_over:
+            return
+        if self._stream is not None and self._reservation is not None:
+            self._reservation.link.cancel(self._stream, self._running.index(index))
+        self._end(answer)
+
+    async def aclose(self) -> None:
+        """Want no more at all. Idempotent, never waits."""
+        self._close()
+
+    def _close(self) -> None:
+        for answer in self._answers:
+            answer.is_over = True
+        self._deltas.clear()
+        self._leave()
+
+    def _open(self) -> list[int]:
+        return [index for index, answer in enumerate(self._answers) if not answer.is_over]
+
+    def _end(self, answer: _Answer) -> None:
+        """Nothing more will come of an answer; with the last one the place is given back."""
+        answer.is_over = True
+        if not self._open():
+            self._leave()
+        elif self._reservation is not None:
+            self._reservation.end_answer()
+
+    def _leave(self) -> None:
         """End the present attempt: the worker is told, the place given back. Idempotent, never waits."""
         reservation, self._reservation = self._reservation, None
         stream, self._stream = self._stream, None
@@ -148,8 +189,8 @@ class _Story:
 
     async def _begin(self) -> LinkStream:
         self._attempt += 1
-        self._failure = None
-        request = self._request
+        request, self._running = self._request, self._open()
+        seed, *fork_seeds = (self._answers[index].seed for index in self._running)
         cover, self._reservation = await self._reserve()
         self._place = self._reservation.worker, self._reservation.epoch
         self._stream = self._reservation.link.submit(
@@ -160,12 +201,13 @@ class _Story:
                 num_prompt_tokens=len(request.token_ids),
                 regions=cover.regions,
                 owners=cover.owners,
-                sampling=request.sampling,
+                sampling=replace(request.sampling, seed=seed),
                 priority=request.priority,
                 timeout_s=request.deadline - self._loop.time(),
                 no_store=request.no_store,
                 quota=request.quota,
                 weight=request.weight,
+                fork_seeds=tuple(fork_seeds),
             )
         )
         return self._stream
@@ -193,7 +235,8 @@ class _Story:
         tie_key = self._tie_key(cover, keys, model.block_size)
         prompt = Prompt(len(request.token_ids), request.sampling.max_tokens, tie_key)
         tried = frozenset(self._tried)
-        return cover, Ask(prompt, keys, stores=not request.no_store, avoid=tried, only=request.only)
+        stores, answers = not request.no_store, len(self._running)
+        return cover, Ask(prompt, keys, stores=stores, avoid=tried, only=request.only, num_answers=answers)
 
     def _cover(self, model: FleetModel) -> Cover:
         request = self._request
@@ -222,43 +265,64 @@ class _Story:
 
     # What comes back
 
-    def _accept(self, outputs: list[LinkOutput]) -> TokenDelta | None:
-        """Fence, merge and book outputs; None if there was nothing new in them."""
-        reservation = self._reservation
+    async def _advance(self) -> None:
+        """Take what the present attempt has to say, or begin one."""
+        try:
+            if self._failure is not None:
+                self._fail(self._failure)
+            stream = self._stream or await self._begin()
+            outputs = await self._take(stream)
+        except WorkerLost:
+            self._after_loss()
+            return
+        for fork, index in enumerate(self._running):
+            said = [output for output in outputs if output.fork == fork]
+            if said and not self._answers[index].is_over:
+                self._accept(index, said)
+        if self._failure is not None:
+            self._leave()
+
+    def _accept(self, index: int, outputs: list[LinkOutput]) -> None:
+        """Fence, merge and book outputs of one answer."""
+        reservation, answer = self._reservation, self._answers[index]
         assert reservation is not None, "outputs belong to an attempt"
-        first_index = self._next_index
+        first_index = answer.next_index
         token_ids: tuple[int, ...] = ()
         admission: AdmissionReport | None = None
         end: LinkOutput | None = None
         for output in outputs:
-            if not self._is_next(output):
+            if not self._is_next(output, answer.next_index):
                 continue
             token_ids += output.token_ids
-            self._next_index += len(output.token_ids)
+            answer.next_index += len(output.token_ids)
             admission = admission or output.admission
             end = output if output.finish is not None else None
         if token_ids:
             reservation.started()
-        delta = TokenDelta(
-            first_index=first_index,
-            token_ids=token_ids,
-            finish=end.finish if end is not None and end.finish in ("stop", "length") else None,
-            stop_token_id=end.stop_token_id if end is not None else None,
-            admission=admission,
-            worker=reservation.worker,
-            attempts=self._attempt,
-            predicted_cached=reservation.placement.predicted_cached,
-        )
-        if end is not None:
-            self.leave()
-            self._failure = end if delta.finish is None else None
-        return delta if token_ids or delta.finish is not None else None
+        finish = end.finish if end is not None and end.finish in ("stop", "length") else None
+        if token_ids or finish is not None:
+            delta = TokenDelta(
+                first_index=first_index,
+                token_ids=token_ids,
+                finish=finish,
+                stop_token_id=end.stop_token_id if end is not None else None,
+                admission=admission,
+                worker=reservation.worker,
+                attempts=self._attempt,
+                predicted_cached=reservation.placement.predicted_cached,
+                index=index,
+            )
+            self._deltas.append(delta)
+        if finish is not None:
+            self._end(answer)
+        elif end is not None:
+            self._failure = self._failure or end
 
-    def _is_next(self, output: LinkOutput) -> bool:
+    def _is_next(self, output: LinkOutput, next_index: int) -> bool:
         """Whether this is the current attempt's next output; one that leaves a gap ends the story."""
-        if output.attempt != self._attempt or output.first_index < self._next_index:
+        if output.attempt != self._attempt or output.first_index < next_index:
             return False
-        if output.first_index > self._next_index:
+        if output.first_index > next_index:
             raise self._defect("a worker skipped a token")
         return True
 
@@ -283,9 +347,9 @@ class _Story:
 
     def _after_loss(self) -> None:
         """Go on with another attempt, or raise. What a client has begun to read cannot be begun again."""
-        self.leave()
+        self._leave()
         self._failure = None
-        if self._next_index:
+        if any(self._answers[index].next_index for index in self._open()):
             raise Unavailable(
                 "the worker was lost and the answer is incomplete", reason="WORKER_LOST", retry_after_s=RETRY_AFTER_S
             )

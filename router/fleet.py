@@ -122,7 +122,7 @@ class Fleet:
 
     @property
     def num_reserved(self) -> int:
-        """Requests of this router that hold a place at a worker of the fleet."""
+        """Answers of this router that hold a place at a worker of the fleet."""
         return sum(member.num_open for member in self._members.values())
 
     async def wait_ready(self, timeout_s: float) -> bool:
@@ -152,7 +152,7 @@ class Fleet:
         self._turn += 1
         held = found.get(placement.worker)
         keys = ask.keys[held.device_blocks if held else 0 :] if ask.stores else ()
-        return self._members[placement.worker].open(placement, keys, self._clock)
+        return self._members[placement.worker].open(placement, keys, self._clock, ask.num_answers)
 
     def holders(self, keys: Sequence[BlockKey]) -> dict[WorkerId, int]:
         """For each ready worker, how many leading blocks of a chain it holds, on any tier."""

@@ -55,6 +55,7 @@ class Submission:
     no_store: bool
     quota: KvQuota = NO_QUOTA  # of the tenant whose request it is
     weight: int = 1  # likewise
+    fork_seeds: tuple[int, ...] = ()  # of each further answer to the same prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,12 @@ class AdmissionReport:
 
 @dataclass(frozen=True, slots=True)
 class LinkOutput:
-    """New tokens of one sequence, or its end. `finish` is a word of the worker's `Finish`, in lower case."""
+    """New tokens of one sequence, or its end. `finish` is a word of the worker's `Finish`, in lower case.
 
+    `fork` is 0 for the sequence of the submission itself, i for its i-th fork.
+    """
+
+    fork: int
     attempt: int
     first_index: int
     token_ids: tuple[int, ...]
@@ -132,11 +137,11 @@ class WorkerLoad:
     draining: bool = False
 
 
-def submit_message(sequence: int, submission: Submission) -> pb.Submit:
-    """The message for a sequence to run."""
+def submit_message(sequences: Sequence[int], submission: Submission) -> pb.Submit:
+    """The message for sequences to run: a number for the first and for each fork."""
     sampling = submission.sampling
     return pb.Submit(
-        sequence=sequence,
+        sequence=sequences[0],
         request_id=submission.request_id,
         attempt=submission.attempt,
         token_ids=submission.token_ids,
@@ -157,6 +162,10 @@ def submit_message(sequence: int, submission: Submission) -> pb.Submit:
         no_store=submission.no_store,
         quota=None if submission.quota == NO_QUOTA else _quota(submission.quota),
         weight=submission.weight,
+        forks=[
+            pb.Fork(sequence=number, seed=seed)
+            for number, seed in zip(sequences[1:], submission.fork_seeds, strict=True)
+        ],
     )
 
 
@@ -189,10 +198,11 @@ def _quota(quota: KvQuota) -> pb.Quota:
     )
 
 
-def link_output(output: pb.SequenceOutput) -> LinkOutput:
+def link_output(output: pb.SequenceOutput, fork: int) -> LinkOutput:
     """What a worker said of one sequence."""
     finish = _FINISH.get(output.finish)
     return LinkOutput(
+        fork=fork,
         attempt=output.attempt,
         first_index=output.first_index,
         token_ids=tuple(output.token_ids),

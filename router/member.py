@@ -52,16 +52,30 @@ class Ask:
     stores: bool = True
     avoid: frozenset[tuple[WorkerId, int]] = frozenset()  # (worker, epoch) that this request has tried
     only: WorkerId | None = None
+    num_answers: int = 1  # sequences that go on from the prompt, which is computed once
 
 
 class Reservation:
     """A request's place at a worker, from the decision until `release`."""
 
-    __slots__ = ("_clock", "_member", "_placed_at", "_released", "_waiting", "keys", "load_number", "placement")
+    __slots__ = (
+        "_clock",
+        "_member",
+        "_placed_at",
+        "_released",
+        "_waiting",
+        "keys",
+        "load_number",
+        "num_answers",
+        "placement",
+    )
 
-    def __init__(self, member: Member, placement: Placement, keys: Sequence[BlockKey], clock: Clock) -> None:
+    def __init__(
+        self, member: Member, placement: Placement, keys: Sequence[BlockKey], clock: Clock, num_answers: int = 1
+    ) -> None:
         self.placement = placement
         self.keys = keys
+        self.num_answers = num_answers
         self._member = member
         self._clock = clock
         self._placed_at = clock()
@@ -86,6 +100,11 @@ class Reservation:
         if self._waiting:
             self._waiting = False
             self._member.leave_queue(self)
+
+    def end_answer(self) -> None:
+        """One of its sequences has ended, and others go on."""
+        self.num_answers -= 1
+        self._member.leave_slots(self, 1)
 
     def release(self) -> None:
         """Give the place back. Idempotent."""
@@ -175,18 +194,18 @@ class Member:
             excluded=self._exclusion(ask, in_flight),
         )
 
-    def open(self, placement: Placement, keys: Sequence[BlockKey], clock: Clock) -> Reservation:
+    def open(self, placement: Placement, keys: Sequence[BlockKey], clock: Clock, num_answers: int = 1) -> Reservation:
         """Count a request from now on; `keys` are those it will publish and the index does not have yet."""
         if self._counted_load != self.link.num_loads:
             self._counted_load, self._new_tokens, self._new_requests = self.link.num_loads, 0, 0
         self._new_tokens += placement.uncached_tokens
-        self._new_requests += 1
+        self._new_requests += num_answers
         self._queued_tokens += placement.uncached_tokens
-        self.num_open += 1
+        self.num_open += num_answers
         counts = self._computing
         for key in keys:
             counts[key] = counts.get(key, 0) + 1
-        return Reservation(self, placement, keys, clock)
+        return Reservation(self, placement, keys, clock, num_answers)
 
     def leave_queue(self, reservation: Reservation) -> None:
         """Count its prompt tokens no more."""
@@ -194,11 +213,15 @@ class Member:
         if reservation.load_number == self._counted_load:
             self._new_tokens -= reservation.placement.uncached_tokens
 
+    def leave_slots(self, reservation: Reservation, num_answers: int) -> None:
+        """Count so many of its sequences no more."""
+        self.num_open -= num_answers
+        if reservation.load_number == self._counted_load:
+            self._new_requests -= num_answers
+
     def close(self, reservation: Reservation, has_run: bool, now: float, seconds: float) -> None:
         """Count a request no more. What it computed stays credited until events must have come."""
-        self.num_open -= 1
-        if reservation.load_number == self._counted_load:
-            self._new_requests -= 1
+        self.leave_slots(reservation, reservation.num_answers)
         if not has_run:
             self._forget(reservation.keys)
             return
@@ -225,7 +248,8 @@ class Member:
             return IS_DRAINING if state is WorkerState.DRAINING else NOT_READY
         if prompt.num_tokens + prompt.max_tokens > lease.max_model_len:
             return CONTEXT_LENGTH
-        if prompt.num_positions > lease.device_blocks * lease.block_size:
+        held = min(prompt.num_positions, lease.max_held or prompt.num_positions)
+        if held > lease.device_blocks * lease.block_size:
             return KV_CAPACITY
         if lease.max_waiting and in_flight >= lease.max_sequences + lease.max_waiting:
             return QUEUE_FULL

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import grpc
@@ -120,12 +121,16 @@ class RouterProcess:
         for port in (settings.http_port, settings.admin_port):
             check_free(settings.host, port)
         secret = await self._agree_on_secret()
-        card, tokenizer = await asyncio.to_thread(self._load_model)
-        self._parts.callback(tokenizer.close)
+        folder, card = await asyncio.to_thread(self._read_card)
         index, mirror, fleet = await self._follow_fleet()
+
+        def served() -> ModelCard:
+            return served_card(card, fleet.model_spec)
+
+        tokenizer = await asyncio.to_thread(self._load_tokenizer, folder, served)
+        self._parts.callback(tokenizer.close)
         metrics = Metrics(authenticator.known(), most_tenants=settings.tenant_metrics)
         admission = Admission(settings.max_in_flight, await self._share_limits(secret))
-        served = ServedModel(card, fleet).card
         sharing = await self._share_prefixes(fleet, authenticator, secret, card.name)
         generation = Generation(sharing.dispatch, tokenizer, admission, metrics)
         inference = InferenceService(generation, tokenizer, served, block_size=settings.block_size)
@@ -145,7 +150,7 @@ class RouterProcess:
         )
         _add_gauges(metrics, view)
         metrics.gauge("published_prefixes", "Published prefixes", lambda: len(sharing.catalog))
-        metrics.gauge("reserved", "Requests that hold a place at a worker", lambda: fleet.num_reserved)
+        metrics.gauge("reserved", "Answers that hold a place at a worker", lambda: fleet.num_reserved)
         health = HealthService(lambda: fleet.ready, (INFERENCE, PREFIXES))
         options = ServerOptions(
             GateLimits(settings.max_request_s), settings.max_message_bytes, settings.reflection == "on", shared_port
@@ -157,12 +162,16 @@ class RouterProcess:
         self._parts.callback(health.stop)
         return Listening(self._router_id, grpc_address, http, admin)
 
-    def _load_model(self) -> tuple[ModelCard, Tokenizer]:
+    def _read_card(self) -> tuple[Path, ModelCard]:
         folder = resolve_model(self._settings.model)
         card = read_model_card(self._settings.model, folder)
         for field in card.ignored:
             log.warning("generation_config.json sets %s, which this version does not apply", field)
-        return card, Tokenizer(folder, threads=self._settings.tokenizer_threads, max_tokens=card.context_length)
+        return folder, card
+
+    def _load_tokenizer(self, folder: Path, served: Callable[[], ModelCard]) -> Tokenizer:
+        threads = self._settings.tokenizer_threads
+        return Tokenizer(folder, threads=threads, max_tokens=lambda: served().context_length)
 
     async def _follow_fleet(self) -> tuple[MemoryIndex, Mirror, Fleet]:
         settings = self._settings
@@ -232,26 +241,14 @@ class RouterProcess:
         return secret
 
 
-class ServedModel:
-    """The model card, narrowed to what the fleet's workers can do once one is known."""
+def served_card(card: ModelCard, spec: FleetModel | None) -> ModelCard:
+    """The model's card as the fleet's workers serve it, once one is known.
 
-    def __init__(self, card: ModelCard, fleet: Fleet) -> None:
-        self._fleet = fleet
-        self._own = card
-        self._spec: FleetModel | None = None
-        self._narrowed = card
-
-    def card(self) -> ModelCard:
-        """The card as it holds now."""
-        spec = self._fleet.model_spec
-        if spec is not self._spec and spec is not None:
-            self._spec = spec
-            self._narrowed = replace(
-                self._own,
-                context_length=min(self._own.context_length, spec.max_model_len),
-                vocab_size=min(self._own.vocab_size, spec.vocab_size),
-            )
-        return self._narrowed
+    How long a sequence may be is theirs to say: a small pool allows less than the model does, a window much more.
+    """
+    if spec is None:
+        return card
+    return replace(card, context_length=spec.max_model_len, vocab_size=min(card.vocab_size, spec.vocab_size))
 
 
 class SecretClaim:

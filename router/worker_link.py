@@ -59,12 +59,15 @@ class WorkerLost(Exception):
 
 
 class LinkStream:
-    """The outputs of one sequence, waiting to be taken; a slow reader finds them together."""
+    """The outputs of a submission, waiting to be taken; a slow reader finds them together.
 
-    __slots__ = ("_lost", "_news", "_outputs", "sequence")
+    `sequences` are its number on the link and those of its forks.
+    """
 
-    def __init__(self, sequence: int) -> None:
-        self.sequence = sequence
+    __slots__ = ("_lost", "_news", "_outputs", "sequences")
+
+    def __init__(self, sequences: tuple[int, ...]) -> None:
+        self.sequences = sequences
         self._outputs: list[LinkOutput] = []
         self._news = asyncio.Event()
         self._lost = False
@@ -141,18 +144,24 @@ class WorkerLink:
             self._task = None
 
     def submit(self, submission: Submission) -> LinkStream:
-        """Send a sequence; its outputs arrive in the stream. Raises `WorkerLost` while there is no session."""
+        """Send a request; outputs of it and its forks arrive in one stream. Raises `WorkerLost` without a session."""
         if not self.live:
             raise WorkerLost
-        stream = LinkStream(next(self._sequences))
-        self._streams[stream.sequence] = stream
-        self._outgoing.put_nowait(pb.RouterMessage(submit=submit_message(stream.sequence, submission)))
+        stream = LinkStream(tuple(next(self._sequences) for _ in (0, *submission.fork_seeds)))
+        self._streams.update(dict.fromkeys(stream.sequences, stream))
+        self._outgoing.put_nowait(pb.RouterMessage(submit=submit_message(stream.sequences, submission)))
         return stream
 
     def close(self, stream: LinkStream) -> None:
-        """Forget a stream and cancel its sequence if the worker has not ended it. Idempotent, never waits."""
-        if self._streams.pop(stream.sequence, None) is not None:
-            self._outgoing.put_nowait(pb.RouterMessage(cancel=pb.Cancel(sequence=stream.sequence)))
+        """Forget a stream and cancel what of it the worker has not ended. Idempotent, never waits."""
+        for fork in range(len(stream.sequences)):
+            self.cancel(stream, fork)
+
+    def cancel(self, stream: LinkStream, fork: int) -> None:
+        """As `close`, for one sequence of a stream: 0 is the first, i its i-th fork."""
+        sequence = stream.sequences[fork]
+        if self._streams.pop(sequence, None) is not None:
+            self._outgoing.put_nowait(pb.RouterMessage(cancel=pb.Cancel(sequence=sequence)))
 
     def pin(self, order: PinOrder) -> bool:
         """Ask the worker to keep the blocks of a prefix; whether there is a session to say it on."""
@@ -252,7 +261,7 @@ class WorkerLink:
             return
         if output.finish != pb.FINISH_NONE:
             del self._streams[output.sequence]
-        stream._put(link_output(output))
+        stream._put(link_output(output, stream.sequences.index(output.sequence)))
 
     def _down(self, reason: str) -> None:
         if self.live:

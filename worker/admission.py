@@ -29,6 +29,13 @@ class SchedulerLimits:
     window: int | None = None
     sinks: int = 0
 
+    def num_held(self, num_positions: int, block_size: int) -> int:
+        """Of how many positions at most a sequence so long holds KV at one time."""
+        if self.window is None:
+            return num_positions
+        # What is sealed is given back at once, when a window and a step more have been computed.
+        return min(num_positions, self.sinks + 2 * (self.window + self.max_batch_tokens + block_size))
+
 
 class Admission:
     """Attaches sequences to the blocks of one worker."""

@@ -28,7 +28,7 @@ _POOL_COUNTS: tuple[tuple[str, str, Callable[[BlockPool], int]], ...] = (
         "KV blocks whose content was given up, for room or by a purge",
         attrgetter("evictions"),
     ),
-    ("key_collisions", "Looks that met another content under their key", attrgetter("key_collisions")),
+    ("key_collisions", "Looks that met another content under their key", attrgetter("contents.collisions")),
 )
 
 

@@ -125,10 +125,11 @@ class WorkerProcess:
         if tiers is not None:
             metrics.watch("cpu", tiers.cpu)
         holdings = Holdings(pool, tiers)
+        limits = _limits(settings, spec)
         self._engine = Engine(
             self._runner,
             pool,
-            Scheduler(pool, _limits(settings, spec), holdings=holdings, tiers=tiers),
+            Scheduler(pool, limits, holdings=holdings, tiers=tiers),
             metrics,
             holdings=holdings,
             offload=offload,
@@ -140,18 +141,19 @@ class WorkerProcess:
         self._engine.start()
         address = self._loop.call(self._server.start(settings.host, settings.worker_port))
         if self._redis is not None:
-            self._publisher = self._publish(self._redis, identity, spec, address)
+            lease = _lease(settings, identity, spec, limits, address)
+            self._publisher = self._publish(self._redis, lease)
         if settings.worker_metrics_port:
             self._metrics = _serve_metrics(settings, metrics)
         return WorkerReady(settings.worker_id, epoch, identity.pid, address)
 
-    def _publish(self, client: redis.Redis, identity: WorkerIdentity, spec: ModelSpec, address: str) -> Publisher:
+    def _publish(self, client: redis.Redis, lease: Lease) -> Publisher:
         settings = self._settings
-        capacity = spec.num_blocks + settings.cpu_blocks
+        capacity = lease.device_blocks + settings.cpu_blocks
         publisher = Publisher(
-            RedisIndexWriter(client, settings.cluster, settings.worker_id, identity.epoch, capacity=capacity),
+            RedisIndexWriter(client, settings.cluster, settings.worker_id, lease.epoch, capacity=capacity),
             LeaseKeeper(client, settings.cluster, ttl_s=settings.lease_ttl_s),
-            _lease(settings, identity, spec, address),
+            lease,
             heartbeat_s=settings.heartbeat_s,
             on_fenced=self._on_fenced,
         )
@@ -271,7 +273,9 @@ def _identity(settings: WorkerSettings, spec: ModelSpec, epoch: int) -> WorkerId
     )
 
 
-def _lease(settings: WorkerSettings, identity: WorkerIdentity, spec: ModelSpec, address: str) -> Lease:
+def _lease(
+    settings: WorkerSettings, identity: WorkerIdentity, spec: ModelSpec, limits: SchedulerLimits, address: str
+) -> Lease:
     return Lease(
         worker_id=identity.worker,
         epoch=identity.epoch,
@@ -283,6 +287,7 @@ def _lease(settings: WorkerSettings, identity: WorkerIdentity, spec: ModelSpec, 
         pid=identity.pid,
         device_blocks=identity.device_blocks,
         max_model_len=identity.max_model_len,
+        max_held=limits.num_held(identity.max_model_len, identity.block_size),
         vocab_size=identity.vocab_size,
         max_sequences=settings.max_sequences,
         max_waiting=settings.max_waiting,

@@ -179,14 +179,11 @@ class Scheduler:
         if self.draining:
             return "DRAINING"
         limits, size = self._limits, self._pool.block_size
-        # The last token is never computed, so it needs no slot.
-        num_positions = sequence.max_num_tokens - 1
         if sequence.max_num_tokens > limits.max_model_len:
             return "CONTEXT_LENGTH"
-        if limits.window is not None:
-            # What is sealed is given back at once, when a window and a step more have been computed.
-            num_positions = min(num_positions, limits.sinks + 2 * (limits.window + limits.max_batch_tokens + size))
-        if -(-num_positions // size) > self._pool.num_blocks:
+        # The last token is never computed, so it needs no slot.
+        num_held = limits.num_held(sequence.max_num_tokens - 1, size)
+        if -(-num_held // size) > self._pool.num_blocks:
             return "KV_CAPACITY"
         if len(self._queue) >= self._limits.max_waiting:
             return "QUEUE_FULL"

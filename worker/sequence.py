@@ -89,8 +89,8 @@ class AdmissionFacts:
     queue_s: float
     blocks_copied: int = 0
     cached_cpu_tokens: int = 0
-    cached_remote_tokens: int = 0
     cached_cpu_published_tokens: int = 0
+    cached_remote_tokens: int = 0
     cached_remote_published_tokens: int = 0
 
 

@@ -8,7 +8,7 @@ import logging
 import random
 import time
 from array import array
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,6 +66,28 @@ LIMITS = GateLimits(request_s=20.0, first_message_s=0.5, slow_reader_s=0.5)
 SECRET = "the prompt nobody may see"
 
 
+class FakeStream:
+    """What a fake fleet says, less what is dropped."""
+
+    def __init__(self, deltas: AsyncGenerator[TokenDelta, None]) -> None:
+        self.deltas = deltas
+        self.dropped: set[int] = set()
+
+    def __aiter__(self) -> FakeStream:
+        return self
+
+    async def __anext__(self) -> TokenDelta:
+        while (delta := await anext(self.deltas)).index in self.dropped:
+            pass
+        return delta
+
+    def drop(self, index: int) -> None:
+        self.dropped.add(index)
+
+    async def aclose(self) -> None:
+        await self.deltas.aclose()
+
+
 @dataclass
 class FakeFleet:
     """Answers "abcabc..." one token a delta; texts and behaviours are set by the test."""
@@ -77,17 +99,17 @@ class FakeFleet:
     error: Exception | None = None
     found: AdmissionReport = field(default_factory=AdmissionReport)
     requests: list[TokenRequest] = field(default_factory=list)
-    streams: list[AsyncIterator[TokenDelta]] = field(default_factory=list)
+    streams: list[FakeStream] = field(default_factory=list)
     open: int = 0
     home_names: tuple[str, ...] = ("w0", "w1")
     lost: tuple[str, ...] = ()
 
-    def stream(self, request: TokenRequest) -> AsyncIterator[TokenDelta]:
+    def stream(self, request: TokenRequest) -> FakeStream:
         """Streams are kept, so that only whoever closes them closes them, not the garbage collector."""
-        self.streams.append(self._stream(request))
+        self.streams.append(FakeStream(self._stream(request)))
         return self.streams[-1]
 
-    async def _stream(self, request: TokenRequest) -> AsyncIterator[TokenDelta]:
+    async def _stream(self, request: TokenRequest) -> AsyncGenerator[TokenDelta, None]:
         self.requests.append(request)
         if request.only in self.lost:
             raise Unavailable("lost")
@@ -100,16 +122,18 @@ class FakeFleet:
                 if self.error is not None and index == 2:
                     raise self.error
                 last = index == count - 1
-                yield TokenDelta(
-                    first_index=index,
-                    token_ids=(self.tokens[index % len(self.tokens)],),
-                    finish=self.finish if last else None,
-                    stop_token_id=self.stop_token_id if last else None,
-                    admission=self.found if index == 0 else None,
-                    worker="w0",
-                    attempts=1,
-                    predicted_cached=16,
-                )
+                for answer in range(1 + len(request.fork_seeds)):
+                    yield TokenDelta(
+                        first_index=index,
+                        token_ids=(self.tokens[(index + answer) % len(self.tokens)],),
+                        finish=self.finish if last else None,
+                        stop_token_id=self.stop_token_id if last else None,
+                        admission=self.found if index == answer == 0 else None,
+                        worker="w0",
+                        attempts=1,
+                        predicted_cached=16,
+                        index=answer,
+                    )
         finally:
             self.open -= 1
 
@@ -181,7 +205,7 @@ class Refusal:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Iterator[Tokenizer]:
-    made = Tokenizer(resolve_model("pando-tiny"), max_tokens=8192)
+    made = Tokenizer(resolve_model("pando-tiny"), max_tokens=lambda: 8192)
     yield made
     made.close()
 
@@ -352,13 +376,27 @@ async def test_n_answers_have_seeds_of_their_own(house: House) -> None:
         chunks = [chunk async for chunk in client.stream(text="x", max_tokens=4, n=3)]
     assert [answer.index for answer in result.answers] == [0, 1, 2]
     assert all(len(answer.token_ids) == 4 and answer.finish_reason == "length" for answer in result.answers)
-    assert (result.usage.completion_tokens, result.usage.cached_tokens, result.usage.blocks_copied) == (12, 16, 3)
-    assert result.usage.prompt_tokens == len(house.fleet.requests[0].token_ids)
-    seeds = [request.sampling.seed for request in house.fleet.requests[:3]]
+    assert (result.usage.completion_tokens, result.usage.cached_tokens, result.usage.blocks_copied) == (12, 16, 1)
+    request = house.fleet.requests[0]
+    assert (result.usage.prompt_tokens, request.request_id) == (len(request.token_ids), "r")
+    seeds = [request.sampling.seed, *request.fork_seeds]
     assert seeds == [7, derived_seed(7, 1), derived_seed(7, 2)] and len(set(seeds)) == 3
-    assert [request.request_id for request in house.fleet.requests[:3]] == ["r", "r/1", "r/2"]
     assert [chunk.usage is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert sorted(chunk.index for chunk in chunks if chunk.finish_reason) == [0, 1, 2]
+
+
+@pytest.mark.asyncio
+async def test_a_stop_string_in_one_answer_lets_the_others_go_on(house: House) -> None:
+    house.fleet.tokens = list(house.tokenizer.encode_now("one two three four five six"))
+    async with house.client() as client:
+        result = await client.generate(text="x", max_tokens=1000, n=3, stop="ee fo")
+    (stream,) = house.fleet.streams
+    assert stream.dropped == {0, 1, 2}
+    assert [answer.matched_stop for answer in result.answers] == ["ee fo"] * 3
+    lengths = [len(answer.token_ids) for answer in result.answers]
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) == 3
+    assert result.usage.completion_tokens == sum(lengths)
+    await house.settled()
 
 
 @pytest.mark.asyncio
@@ -637,7 +675,7 @@ async def test_an_error_after_the_first_token_still_has_its_type(house: House) -
 async def test_a_request_without_a_worker_is_retried_by_the_client(house: House) -> None:
     house.fleet.error, first = Unavailable("no worker", retry_after_s=0.01), house.fleet.stream
 
-    async def early(request: TokenRequest) -> AsyncIterator[TokenDelta]:
+    async def early(request: TokenRequest) -> AsyncGenerator[TokenDelta, None]:
         if len(house.fleet.requests) < 2:
             house.fleet.requests.append(request)
             raise Unavailable("no worker", retry_after_s=0.01)
@@ -645,7 +683,7 @@ async def test_a_request_without_a_worker_is_retried_by_the_client(house: House)
         async for delta in first(request):
             yield delta
 
-    house.fleet.stream = early  # type: ignore[method-assign]
+    house.fleet.stream = lambda request: FakeStream(early(request))  # type: ignore[method-assign]
     async with house.client() as client:
         assert (await client.generate(text="x", max_tokens=2)).text
     assert len(house.fleet.requests) == 3
@@ -653,12 +691,12 @@ async def test_a_request_without_a_worker_is_retried_by_the_client(house: House)
 
 @pytest.mark.asyncio
 async def test_what_the_router_waited_for_is_not_waited_for_again(house: House) -> None:
-    async def nobody(request: TokenRequest) -> AsyncIterator[TokenDelta]:
+    async def nobody(request: TokenRequest) -> AsyncGenerator[TokenDelta, None]:
         house.fleet.requests.append(request)
         raise Unavailable("no worker is ready", reason="NO_WORKER", retry_after_s=0.01)
         yield
 
-    house.fleet.stream = nobody  # type: ignore[method-assign]
+    house.fleet.stream = lambda request: FakeStream(nobody(request))  # type: ignore[method-assign]
     async with house.client() as client:
         with pytest.raises(Unavailable) as caught:
             await client.generate(text="x")
@@ -711,7 +749,7 @@ async def test_a_cancel_closes_the_streams(house: House, n: int) -> None:
     async with house.client() as client:
         whole = asyncio.create_task(client.generate(text="x", max_tokens=1000, n=n))
         await asyncio.sleep(0.1)
-        assert house.fleet.open == n
+        assert (house.fleet.open, len(house.fleet.requests[0].fork_seeds)) == (1, n - 1)
         whole.cancel()
         await asyncio.gather(whole, return_exceptions=True)
         await house.settled()

@@ -251,7 +251,7 @@ def test_a_recorded_pair_of_prompts_with_one_key_costs_a_miss_and_nothing_else(w
         tuple(one): [(0, alone(world, one)), (16, alone(world, one))],
         tuple(other): [(0, alone(world, other))] * 2,
     }
-    assert fleet.pool.key_collisions > 0
+    assert fleet.pool.contents.collisions > 0
     fleet.assert_nothing_held()
 
 
@@ -261,7 +261,7 @@ def test_equal_text_under_equal_keys_is_anothers_all_the_same(world: MakeWorld) 
     fleet.tokens(prompt())
     strangers = [f"b{number}" for number in range(12)]
     assert {asked(fleet, prompt(), tenant=name, max_tokens=1) for name in strangers} == {NOTHING}
-    assert fleet.pool.key_collisions > len(strangers)
+    assert fleet.pool.contents.collisions > len(strangers)
     assert asked(fleet, prompt()).device >= 4
 
 
@@ -307,6 +307,6 @@ def test_an_engine_with_short_keys_answers_as_without_a_cache(
             assert output.finish in (None, Finish.LENGTH)
             answers[output.sequence_id] += output.token_ids
     assert [answers[number] for number in range(80)] == [alone(world, tokens, 6) for tokens in prompts]
-    assert (pool.key_collisions > 0) == (key_bits == 8)
+    assert (pool.contents.collisions > 0) == (key_bits == 8)
     assert pool.num_referenced == 0
     (tiers or pool).check(deep=True)
