@@ -38,6 +38,7 @@ def start() -> Iterator[Start]:
 
     def run(**changes: Any) -> WorkerReady:
         base = BASE | {"cpu_blocks": 256, "worker_id": f"w{len(processes)}", "host": "127.0.0.1"}
+        base["simulated_prefill_tokens_per_s"] = 5e3  # else few blocks are computed sooner than loaded
         process = WorkerProcess(WorkerSettings(**(base | changes)))
         processes.append(process)
         run.processes = processes  # type: ignore[attr-defined]
@@ -130,8 +131,7 @@ async def test_what_does_not_come_is_computed(start: Start, what: str, free_port
 
 async def test_a_peer_that_dies_in_the_middle_costs_what_was_missing(start: Start) -> None:
     """A stand-in for the peer sends three good blocks, then breaks off; another flips a byte, another repeats one."""
-    slow = {"simulated_prefill_tokens_per_s": 5e3}  # else three blocks are computed sooner than loaded
-    one, other = start(**slow), start(**slow)
+    one, other = start(), start()
     tokens = prompt(10 * SIZE + 5)
     async with session(one, start) as at_one, session(other, start) as at_other:
         expected = await run(at_one, 1, tokens)

@@ -179,7 +179,7 @@ def test_the_index_hears_of_full_blocks_only() -> None:
     pool.purge(PUBLIC)
     (removed,) = pool.take_events()
     assert isinstance(removed, BlocksRemoved) and sorted(removed.keys) == sorted(keys)
-    assert pool.num_free == 32
+    assert pool.num_free == 32 and pool.contents.ends == set()
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 16])
