@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,12 +23,16 @@ THRESHOLD = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request, as a router sees it. `sticky`: equal within a session, or for one first private block."""
+    """One request, as a router sees it. `sticky`: equal within a session, or for one first private block.
+
+    `holders`: leading blocks of the prompt at each worker; `queued`: tokens that are ahead of it there.
+    """
 
     num_blocks: int
     sticky: bytes
     outstanding: Mapping[WorkerId, int]
     holders: Callable[[], Mapping[WorkerId, int]]
+    queued: Callable[[], Mapping[WorkerId, int]]
 
     def least(self, workers: Sequence[WorkerId] = ()) -> WorkerId:
         """The worker with the fewest requests, of these or of all."""
@@ -102,6 +107,19 @@ def longest_prefix_10() -> Choose:
     return choose
 
 
+def least_queued() -> Choose:
+    """Fewest tokens to compute ahead of it, then fewest requests, then fewest so far."""
+    given: Counter[WorkerId] = Counter()
+
+    def choose(question: Question) -> WorkerId:
+        queued, load = question.queued(), question.outstanding
+        chosen = min(load, key=lambda worker: (queued[worker], load[worker], given[worker], worker))
+        given[chosen] += 1
+        return chosen
+
+    return choose
+
+
 def real_placement() -> Choose:
     """Pando's own."""
     return lambda question: None
@@ -116,7 +134,7 @@ POLICIES: Mapping[str, Callable[[], Choose]] = {
     "bounded_rendezvous": bounded_rendezvous,
     "longest_prefix": longest_prefix,
     "longest_prefix_10": longest_prefix_10,
-    "one_pool": real_placement,
+    "one_pool": least_queued,
 }
-"""`one_pool` is no policy but a bound: one cache of the total size, and the work spread by the real placement."""
+"""`one_pool` is no policy but a bound: one cache of the total size, and the work spread evenly."""
 ONE_POOL = "one_pool"

@@ -79,7 +79,7 @@ class SimulatedRouter:
         """Reserve a place; None where no worker can take the request."""
         ask = Ask(prompt, keys)
         holders = partial(self._fleet.holders, keys)
-        chosen = self._choose(Question(len(keys), sticky, self._outstanding, holders))
+        chosen = self._choose(Question(len(keys), sticky, self._outstanding, holders, self._queued))
         held = self._fleet.reserve(ask if chosen is None else replace(ask, only=chosen))
         if isinstance(held, Placement):
             return None
@@ -111,6 +111,9 @@ class SimulatedRouter:
             load.draining,
         )
         link.num_loads += 1
+
+    def _queued(self) -> dict[WorkerId, int]:
+        return {WorkerId(view.id): view.queued_tokens for view in self._fleet.workers()}
 
     def _new_link(self, address: str, **told: Any) -> SaidLink:
         self._links[address] = SaidLink(address, **told)

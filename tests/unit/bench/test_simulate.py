@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,10 @@ def test_a_request_alone_waits_for_nobody(write: Write) -> None:
     trace = read_trace(write([row(0, 640, 1, *range(10)), row(60_000, 640, 1, *range(10, 20))]), 64, 16)
     shape = FleetShape(workers=1)
     outcome = Replay(trace, shape, "pando").run()
-    cost = shape.replica(trace).cost
-    assert outcome.fates[0].ttft_s == pytest.approx(cost.step_s + 160 * cost.token_s + 2 * shape.link_s)
+    replica = shape.replica(trace)
+    steps = -(-160 // replica.max_batch_tokens)
+    seconds = steps * replica.cost.step_s + 160 * replica.cost.token_s + 2 * shape.link_s
+    assert outcome.fates[0].ttft_s == pytest.approx(seconds)
 
 
 def test_nobody_knows_of_blocks_before_the_lag(write: Write) -> None:
@@ -141,11 +144,12 @@ def test_equal_replays_are_equal(conversations: Trace) -> None:
 
 
 def test_every_policy_answers_every_request_and_the_pool_bounds_their_hits(conversations: Trace) -> None:
-    runs = {run.policy: run for run in compare(conversations, FleetShape(workers=4), list(POLICIES))}
+    shape = FleetShape(workers=4, cache_fraction=4.0)
+    runs = {run.policy: run for run in compare(conversations, shape, list(POLICIES))}
     assert list(runs) == list(POLICIES)
     assert not any(run.refused for run in runs.values())
     most = runs["one_pool"].figures.hit_ratio
-    assert all(run.figures.hit_ratio <= most + 0.02 for run in runs.values())
+    assert all(run.figures.hit_ratio <= most + 0.001 for run in runs.values())
     assert runs["pando"].figures.hit_ratio > runs["round_robin"].figures.hit_ratio + 0.1
     assert all(run.figures.max_over_mean_work >= 1.0 for run in runs.values())
 
@@ -161,14 +165,14 @@ def test_a_coarser_scale_gives_the_same_figures(write: Write) -> None:
 
     Asked of a policy that looks at nothing: one that does may decide otherwise for a difference in the last digit.
     """
-    path = write(list(generate(CONVERSATIONS)))
+    path = write(list(generate(replace(CONVERSATIONS, requests=150))))
     shape = FleetShape(workers=3, cache_fraction=0.5, load=0.7, batch_tokens=256)
     found = []
     for units in (64, 8):
         trace = read_trace(path, 64, units)
         found.append(figures(Replay(trace, shape, "round_robin").run(), trace.ideal))
     exact, coarse = found
-    assert coarse.hit_ratio == pytest.approx(exact.hit_ratio, abs=0.01)
+    assert coarse.hit_ratio == pytest.approx(exact.hit_ratio, abs=0.03)
     assert coarse.ttft_mean_s == pytest.approx(exact.ttft_mean_s, rel=0.05)
     assert coarse.ttft_p99_s == pytest.approx(exact.ttft_p99_s, rel=0.1)
     assert coarse.max_over_mean_work == pytest.approx(exact.max_over_mean_work, rel=0.05)
@@ -210,10 +214,10 @@ def test_the_command_prints_one_document_and_writes_plots(
 ) -> None:
     path = write(list(generate(CONVERSATIONS))[:60])
     monkeypatch.setenv("PANDO_TRACES", str(path.parent))
-    options = ["--block-size", "64", "--workers", "2", "--limit", "50", "--json", "--plot", str(tmp_path / "plots")]
+    options = ["--block-size", "64", "--workers", "2", "--limit", "20", "--json", "--plot", str(tmp_path / "plots")]
     assert main(["--trace", path.name, *options]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["requests"] == 50 and list(said["policies"]) == list(POLICIES)
+    assert said["requests"] == 20 and list(said["policies"]) == list(POLICIES)
     plots = {plot.name for plot in (tmp_path / "plots").iterdir()}
     assert plots == {f"{name}.{kind}" for name in ("hits_and_tail", "balance") for kind in ("svg", "png")}
 
