@@ -7,6 +7,7 @@ and the wire's delay has passed, so nobody knows the future.
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -157,11 +158,11 @@ class Replay:
         if worker is None:
             self._left -= 1
             return
-        send = partial(self._take, self._places[worker], request)
+        send = partial(self._take, self._places[worker], request, token_ids)
         self._at(now + self._shape.link_s, send)
 
-    def _take(self, place: _Place, request: TraceRequest, now: float) -> None:
-        place.replica.submit(request.number, self._trace.tokens(request), request.answer)
+    def _take(self, place: _Place, request: TraceRequest, token_ids: array[int], now: float) -> None:
+        place.replica.submit(request.number, token_ids, request.answer)
         if place.due is None or place.due > place.replica.now:
             self._wake(place, max(now, place.replica.now))
 

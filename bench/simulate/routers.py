@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, cast
 
@@ -24,6 +24,8 @@ from router.placement import Placement, Prompt
 from router.worker_link import WorkerLink
 from worker.engine import Load
 from worker.sequence import SequenceOutput
+
+_LOAD_FIELDS = tuple(field.name for field in fields(WorkerLoad))
 
 
 class SaidLink:
@@ -100,16 +102,7 @@ class SimulatedRouter:
     def take_load(self, worker: str, load: Load) -> None:
         """A worker said how busy it is."""
         link = self._links[worker]
-        link.load = WorkerLoad(
-            load.running,
-            load.waiting,
-            load.queued_tokens,
-            load.free_blocks,
-            load.cached_blocks,
-            load.prefill_tokens_per_s,
-            load.step_ms,
-            load.draining,
-        )
+        link.load = WorkerLoad(*(getattr(load, field) for field in _LOAD_FIELDS))
         link.num_loads += 1
 
     def _queued(self) -> dict[WorkerId, int]:

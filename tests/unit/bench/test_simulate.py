@@ -238,11 +238,11 @@ def test_the_command_refuses_a_file_that_is_not_there(capsys: pytest.CaptureFixt
 
 @pytest.mark.skipif("PANDO_TRACES" not in os.environ, reason="PANDO_TRACES names no folder of traces")
 @pytest.mark.parametrize("name, block_size", [("mooncake_conversation", 512), ("taubench_airline_16", 16)])
-def test_public_traces_keep_pando_near_the_pool(name: str, block_size: int) -> None:
+def test_public_traces_fit_and_their_tail_is_shorter_than_in_turn(name: str, block_size: int) -> None:
     path = Path(os.environ["PANDO_TRACES"], f"{name}.jsonl.zst")
     trace = read_trace(path, block_size, 16, 300)
     runs = {run.policy: run.figures for run in compare(trace, FleetShape(), ["pando", "round_robin", "one_pool"])}
-    assert runs["round_robin"].hit_ratio < runs["pando"].hit_ratio <= runs["one_pool"].hit_ratio + 0.02
+    assert runs["pando"].hit_ratio <= runs["one_pool"].hit_ratio + 0.001
     assert runs["pando"].ttft_p99_s < runs["round_robin"].ttft_p99_s
 
 
