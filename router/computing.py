@@ -1,0 +1,104 @@
+"""Prompts that are being computed, or were a moment ago: credit for siblings before the first event tells of a block.
+
+Knows no load and decides nothing. Invariant: each key counts for as long as a request that computes it, so that one of
+two siblings may leave and the credit stays.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Collection, Sequence
+
+from kvstore.block import BlockKey, WorkerId
+
+EVENT_LAG_S = 2.0
+"""Longest time to credit a finished prompt before the worker's events must have told of it."""
+
+
+class Chain:
+    """A prompt that is computed: its keys, the first `start` of which were there before."""
+
+    __slots__ = ("keys", "start")
+
+    def __init__(self, keys: Sequence[BlockKey], start: int) -> None:
+        self.keys = keys
+        self.start = start
+
+
+class Heads:
+    """By its first block, who computes a prompt: whose `Computing` is worth asking."""
+
+    def __init__(self) -> None:
+        self._workers: dict[BlockKey, Counter[WorkerId]] = {}
+
+    def workers(self, keys: Sequence[BlockKey]) -> Collection[WorkerId]:
+        """Those that compute a prompt with the same first block, or did a moment ago."""
+        return self._workers.get(keys[0], ()) if keys else ()
+
+    def add(self, head: BlockKey, worker: WorkerId) -> None:
+        """One more."""
+        self._workers.setdefault(head, Counter())[worker] += 1
+
+    def remove(self, head: BlockKey, worker: WorkerId) -> None:
+        """One less."""
+        workers = self._workers[head]
+        workers[worker] -= 1
+        if not workers[worker]:
+            del workers[worker]
+            if not workers:
+                del self._workers[head]
+
+
+class Computing:
+    """What one life of a worker computes."""
+
+    def __init__(self, worker: WorkerId, heads: Heads) -> None:
+        self._worker = worker
+        self._heads = heads
+        self._counts: Counter[BlockKey] = Counter()
+        self._finished: deque[tuple[float, Chain]] = deque()
+        self._gone = False
+
+    def begin(self, keys: Sequence[BlockKey], start: int) -> Chain | None:
+        """Credit `keys[start:]` from now on; None where that is nothing."""
+        if start >= len(keys):
+            return None
+        chain = Chain(keys, start)
+        self._counts.update(keys[start:])
+        self._heads.add(keys[0], self._worker)
+        return chain
+
+    def end(self, chain: Chain, has_run: bool, now: float) -> None:
+        """It is over. What has run stays credited until events must have come."""
+        if has_run and not self._gone:
+            self._finished.append((now + EVENT_LAG_S, chain))
+        else:
+            self._forget(chain)
+
+    def depth(self, keys: Sequence[BlockKey], depth: int, most: int) -> int:
+        """How many blocks of a prompt are there or will be, `depth` of them being there."""
+        counts = self._counts
+        while depth < most and keys[depth] in counts:
+            depth += 1
+        return depth
+
+    def expire(self, now: float) -> None:
+        """Forget what events must have told of."""
+        while self._finished and self._finished[0][0] <= now:
+            self._forget(self._finished.popleft()[1])
+
+    def clear(self) -> None:
+        """The worker is gone: what it finished, or will, is credited no more."""
+        self._gone = True
+        while self._finished:
+            self._forget(self._finished.popleft()[1])
+
+    def _forget(self, chain: Chain) -> None:
+        counts = self._counts
+        for key in chain.keys[chain.start :]:
+            left = counts[key] - 1
+            if left:
+                counts[key] = left
+            else:
+                del counts[key]
+        self._heads.remove(chain.keys[0], self._worker)
