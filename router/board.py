@@ -112,9 +112,10 @@ class Board:
         self._members = members
         self._row_of = {member.id: row for row, member in enumerate(members)}
         self._rows = Columns.of([member.id for member in members])
-        self._rates = np.zeros(len(members))
+        self._rates, self._reported, self._sent, self._first, self._first_since = np.zeros((5, len(members)))
         self._standing_reasons = [""] * len(members)
         self._changed = set(members)
+        self._rates_changed = self._reasons_changed = True
         self._shortest = min((member.lease.max_model_len for member in members), default=0)
         self._smallest = min((member.num_slots for member in members), default=0)
 
@@ -127,18 +128,25 @@ class Board:
                 if row is not None and self._members[row] is member:
                     self._write(row, member, member.standing(), now)
             self._changed.clear()
-            rows.s_per_token = seconds_per_token(self._rates)
-            self._out = np.array([bool(reason) for reason in self._standing_reasons])
-            self._reasons = tuple(
-                (worker, reason) for worker, reason in zip(rows.workers, self._standing_reasons, strict=True) if reason
-            )
+            if self._rates_changed:
+                self._rates_changed = False
+                rows.s_per_token = seconds_per_token(self._rates)
+            if self._reasons_changed:
+                self._reasons_changed = False
+                self._out = np.array([bool(reason) for reason in self._standing_reasons], bool)
+                named = zip(rows.workers, self._standing_reasons, strict=True)
+                self._reasons = tuple((worker, reason) for worker, reason in named if reason)
+        done = np.maximum(now - self._first_since, 0.0) / rows.s_per_token
+        rows.queued = np.maximum(self._reported, self._sent - np.minimum(done, self._first))
         rows.arrivals_per_s = self._arrivals.per_second(now)
         rows.utilization = np.minimum(self._work.per_second(now), MOST_UTILIZATION)
 
     def _write(self, row: int, member: Member, standing: Standing, now: float) -> None:
         member.computing.expire(now)
         rows = self._rows
-        rows.queued[row] = standing.queued_tokens
+        queue = standing.queue
+        self._reported[row], self._sent[row] = queue.reported, queue.sent
+        self._first[row], self._first_since[row] = queue.first, queue.first_since
         rows.step_s[row] = standing.step_s
         rows.slot_s[row] = standing.slot_wait_s
         rows.running[row] = standing.running
@@ -146,8 +154,12 @@ class Board:
         rows.load_share[row] = standing.load_share
         rows.confidence[row] = standing.confidence
         rows.reuse[row] = self.ghost.reuse(member.id, now)
-        self._rates[row] = standing.prefill_tokens_per_s
-        self._standing_reasons[row] = standing.excluded
+        if self._rates[row] != standing.prefill_tokens_per_s:
+            self._rates[row] = standing.prefill_tokens_per_s
+            self._rates_changed = True
+        if self._standing_reasons[row] != standing.excluded:
+            self._standing_reasons[row] = standing.excluded
+            self._reasons_changed = True
 
     def _excluded(self, ask: Ask) -> tuple[NDArray[np.bool_], tuple[tuple[WorkerId, str], ...]]:
         """Who cannot take the request; where it asks for nothing special, that is known beforehand."""
@@ -206,7 +218,7 @@ class Board:
         return Candidate(
             worker=member.id,
             cached_tokens=blocks * self._block_size,
-            queued_tokens=standing.queued_tokens,
+            queued_tokens=float(self._rows.queued[row]),
             prefill_tokens_per_s=standing.prefill_tokens_per_s,
             step_s=standing.step_s,
             slot_wait_s=standing.slot_wait_s,

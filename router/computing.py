@@ -6,6 +6,7 @@ two siblings may leave and the credit stays.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
 
@@ -78,9 +79,10 @@ class Computing:
     def depth(self, keys: Sequence[BlockKey], depth: int, most: int) -> int:
         """How many blocks of a prompt are there or will be, `depth` of them being there."""
         counts = self._counts
-        while depth < most and keys[depth] in counts:
-            depth += 1
-        return depth
+        if depth >= most or keys[depth] not in counts:
+            return depth
+        # What is computed of a prompt has no holes, so its end is a binary search.
+        return bisect_left(range(most), True, depth + 1, key=lambda block: keys[block] not in counts)
 
     def expire(self, now: float) -> None:
         """Forget what events must have told of."""

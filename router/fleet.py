@@ -321,7 +321,7 @@ class Fleet:
             device_blocks=lease.device_blocks,
             free_blocks=load.free_blocks,
             cached_blocks=load.cached_blocks,
-            queued_tokens=member.queued_tokens(load),
+            queued_tokens=member.queued_tokens,
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             indexed_blocks=self._index.num_blocks(WorkerId(lease.worker_id)),
             reason=member.reason,

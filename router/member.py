@@ -56,10 +56,25 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class Queue:
+    """Uncached prompt tokens ahead of a new request, by two accounts, of which the greater holds.
+
+    `reported`: by the worker, and what was sent since. `sent`: all that this router sent and saw no token of; the first
+    of it, `first` tokens, is being computed since `first_since`. The one account knows other routers, the other what
+    was on its way when the worker reported; each counts ours once.
+    """
+
+    reported: int
+    sent: int
+    first: int
+    first_since: float
+
+
+@dataclass(frozen=True, slots=True)
 class Standing:
     """What a worker is worth to any request: the fields of a `Candidate` that do not depend on the prompt."""
 
-    queued_tokens: int
+    queue: Queue
     prefill_tokens_per_s: float
     step_s: float
     slot_wait_s: float
@@ -88,12 +103,12 @@ class Reservation:
         "_chain",
         "_clock",
         "_member",
-        "_placed_at",
         "_released",
         "_waiting",
         "ask",
         "load_number",
         "num_answers",
+        "placed_at",
         "placement",
     )
 
@@ -105,7 +120,7 @@ class Reservation:
         self._chain = chain
         self._member = member
         self._clock = clock
-        self._placed_at = clock()
+        self.placed_at = clock()
         self._released = False
         self._waiting = True
 
@@ -126,9 +141,10 @@ class Reservation:
         if not self._waiting:
             return
         self._waiting = False
-        self._member.leave_queue(self)
+        now = self._clock()
+        self._member.leave_queue(self, now)
         if admission is not None:
-            seconds = self._clock() - self._placed_at
+            seconds = now - self.placed_at
             self._member.learn(FirstOutput(self.placement, self.ask.keys, self.ask.stores, admission, seconds))
 
     def end_answer(self) -> None:
@@ -144,7 +160,7 @@ class Reservation:
         has_run = not self._waiting
         self.started()
         now = self._clock()
-        self._member.close(self, self._chain, has_run, now, now - self._placed_at)
+        self._member.close(self, self._chain, has_run, now, now - self.placed_at)
 
 
 class Member:
@@ -176,6 +192,8 @@ class Member:
         self._on_first = on_first
         self._num_started = 0
         self._queued_tokens = 0
+        self._waiting: dict[Reservation, None] = {}  # in the order that they were placed
+        self._started_at = float("-inf")  # the newest first output
         self._service_s = 0.0
         # Own requests placed since the worker's load number `_counted_load`, which cannot count them yet.
         self._counted_load = 0
@@ -207,14 +225,11 @@ class Member:
     def reason(self) -> str:
         return self.refused or self.link.reason or ("its lease ended" if self.ended else "")
 
-    def queued_tokens(self, load: WorkerLoad) -> int:
-        """Uncached prompt tokens ahead of a new request.
-
-        Either what the worker reported and we sent since, or all that we sent and saw no token of: the first knows
-        other routers, the second what was on its way when the worker reported. Each counts ours once.
-        """
-        new = self._new_tokens if self._counted_load == self.link.num_loads else 0
-        return max(self._queued_tokens, load.queued_tokens + new)
+    @property
+    def queued_tokens(self) -> int:
+        """Uncached prompt tokens ahead of a new request, those of the prompt that is being computed included."""
+        queue = self._queue(self.load)
+        return max(queue.reported, queue.sent)
 
     def in_flight(self, load: WorkerLoad) -> int:
         new = self._new_requests if self._counted_load == self.link.num_loads else 0
@@ -227,7 +242,7 @@ class Member:
         promised = self._new_tokens if self._counted_load == self.link.num_loads else 0
         own_waiting = self.num_open - self._num_started
         return Standing(
-            queued_tokens=self.queued_tokens(load),
+            queue=self._queue(load),
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             step_s=load.step_ms / 1e3 if in_flight else 0.0,
             slot_wait_s=self._slot_wait_s(in_flight),
@@ -266,10 +281,14 @@ class Member:
         self.num_open += ask.num_answers
         chain = self.computing.begin(ask.keys, held_blocks) if ask.stores and self.lease.reuse else None
         self._on_change(self)
-        return Reservation(self, placement, ask, chain, clock)
+        reservation = Reservation(self, placement, ask, chain, clock)
+        self._waiting[reservation] = None
+        return reservation
 
-    def leave_queue(self, reservation: Reservation) -> None:
+    def leave_queue(self, reservation: Reservation, now: float) -> None:
         """Count its prompt tokens no more."""
+        del self._waiting[reservation]
+        self._started_at = now
         self._queued_tokens -= reservation.placement.uncached_tokens
         self._num_started += reservation.num_answers
         if reservation.load_number == self._counted_load:
@@ -297,6 +316,14 @@ class Member:
             self.computing.end(chain, has_run, now)
         if has_run:
             self._service_s += (seconds - self._service_s) * (SERVICE_WEIGHT if self._service_s else 1.0)
+
+    def _queue(self, load: WorkerLoad) -> Queue:
+        new = self._new_tokens if self._counted_load == self.link.num_loads else 0
+        first, since = 0, 0.0
+        if self._waiting:
+            oldest = next(iter(self._waiting))
+            first, since = oldest.placement.uncached_tokens, max(oldest.placed_at, self._started_at)
+        return Queue(load.queued_tokens + new, self._queued_tokens, first, since)
 
     def _slot_wait_s(self, in_flight: int) -> float:
         slots = self.lease.max_sequences

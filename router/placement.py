@@ -44,7 +44,7 @@ class Candidate:
 
     worker: WorkerId
     cached_tokens: int
-    queued_tokens: int
+    queued_tokens: float
     prefill_tokens_per_s: float
     step_s: float
     slot_wait_s: float
