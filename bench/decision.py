@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from bench.decision_peers import PEERS
+from bench.decision_peers import measured
 from kvstore.block import BlockKey, WorkerId
 from kvstore.block_key import block_keys, key_fingerprint
 from kvstore.events import BlocksStored
@@ -52,7 +52,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """`decision`: keys, match and choice. `whole`: also the reservation, its end and the events of what was computed."""
+    """`decision`: keys, match, choice. `whole`: also the reservation, its end and the events of what was computed."""
 
     workers: int
     blocks: int
@@ -169,9 +169,17 @@ def measure(workers: int, blocks: int, rounds: int) -> Figures:
     gc.unfreeze()
     decision = [sum(times) for times in zip(took["key"], took["match"], took["choose"], strict=True)]
     whole = [sum(times) for times in zip(decision, took["rest"], strict=True)]
-    spreads = (_spread(took[name]) for name in ("key", "match", "choose", "rest"))
-    per_s = rounds / sum(whole)
-    return Figures(workers, len(stage.index), *spreads, _spread(decision), _spread(whole), round(per_s))
+    return Figures(
+        workers=workers,
+        blocks=len(stage.index),
+        key=_spread(took["key"]),
+        match=_spread(took["match"]),
+        choose=_spread(took["choose"]),
+        reserve_and_apply=_spread(took["rest"]),
+        decision=_spread(decision),
+        whole=_spread(whole),
+        decisions_per_s=round(rounds / sum(whole)),
+    )
 
 
 def _reserve_and_apply(stage: Stage, ask: Ask, keys: Sequence[BlockKey], running: list[Reservation]) -> None:
@@ -255,9 +263,9 @@ def _longest_key(rounds: int) -> Spread:
 
 
 def _peer_times(rounds: int) -> dict[str, list[float]]:
-    """What the peers that are installed take for keys and match of the same prompts, without a choice."""
+    """What the peers that are installed take for the same prompts."""
     stage = Stage(8, 50_000, random.Random(8))
-    return {name: peer(stage.prompts, rounds) for name, peer in PEERS.items() if peer.__module__}
+    return measured(stage.prompts, BLOCK_SIZE, rounds)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ class Board:
         self._row_of: dict[WorkerId, int] = {}
         self._changed: set[Member] = set()
         self._arrivals, self._work = Meters(0, now), Meters(0, now)
+        self._rates = np.zeros(0)
         self._lay_out([])
 
     def set_members(self, members: Iterable[Member]) -> None:
@@ -112,7 +113,10 @@ class Board:
         self._members = members
         self._row_of = {member.id: row for row, member in enumerate(members)}
         self._rows = Columns.of([member.id for member in members])
-        self._rates, self._reported, self._sent, self._first, self._first_since = np.zeros((5, len(members)))
+        rates = [0.0 if row is None else float(self._rates[row]) for row in before]
+        self._reported, self._sent, self._first, self._first_since = np.zeros((4, len(members)))
+        self._rates = np.array(rates)
+        self._rows.s_per_token = seconds_per_token(self._rates)
         self._standing_reasons = [""] * len(members)
         self._changed = set(members)
         self._rates_changed = self._reasons_changed = True

@@ -21,9 +21,10 @@ Plan = Literal["recompute", "wait", "load", "pull"]
 PLANS: tuple[Plan, ...] = ("recompute", "wait", "load", "pull")
 _WAIT, _LOAD, _PULL = 1, 2, 3
 
-BEHIND = 2.0
-"""A second that a request is kept waiting costs about one more: some go elsewhere for it and compute anew what they would
-have found. From two traces: at 1 hits and times to first token are worse on both, from 2 to 3 they are alike."""
+BEHIND = 3.0
+"""A second that requests behind this one are kept waiting costs more than itself: some go elsewhere for it, compute
+anew what they would have found, and keep others waiting there. From replays of two traces: 1 finds fewer cached tokens
+at no gain in time, 2 to 3 are alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,12 @@ class PullRates:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """The cost of one worker, in seconds. The first four are the time to first token, the rest is what others lose.
+    """The cost of one worker, in seconds. The first four are the time to first token, the others what others lose.
 
     `queue_s`: prefill ahead of the request. `slot_s`: until a sequence ends where all slots are taken. `step_s`: the
     running step, which it waits out. `plan_s`: of the cheapest plan. `decode_s`: put on the decodes that run there,
-    summed. `behind_s`: put on requests that will come to queue behind it. `eviction_s`: to compute again what it evicts.
-    `expected_cached` is `cached_tokens` times how far such predictions of this worker came true.
+    summed. `behind_s`: put on requests that will come to queue behind it. `eviction_s`: to compute again what it
+    evicts. `expected_cached` is `cached_tokens` times how far such predictions of this worker came true.
     """
 
     worker: WorkerId
@@ -204,7 +205,7 @@ def cost(prompt: Prompt, rows: Columns, held: Held) -> Costs:
 def _plans(
     prompt: Prompt, rows: Columns, held: Held, s_per_token: Floats
 ) -> tuple[NDArray[np.int8], Floats, Floats, Floats]:
-    """For each worker its cheapest plan, the prefix that is not computed anew, how much of it will be found, seconds."""
+    """For each worker its cheapest plan, the prefix that is not computed, how much of it will be found, and seconds."""
     cached = held.device
     expected = cached * rows.confidence
     plan_s = (prompt.num_tokens - expected) * s_per_token

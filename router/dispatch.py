@@ -28,6 +28,7 @@ from router.link_messages import AdmissionReport, LinkOutput, SamplingChoice, Su
 from router.member import CONTEXT_LENGTH, KV_CAPACITY, QUEUE_FULL, TRIED, Ask, Reservation
 from router.placement import Placement, Prompt
 from router.prefix_catalog import PrefixRecord
+from router.recent import RecentPlacements
 from router.scopes import Cover, Scopes
 from router.tenants import NO_QUOTA, KvQuota
 from router.worker_link import LinkStream, WorkerLost
@@ -44,8 +45,9 @@ RETRY_AFTER_S = 1.0
 class TokenRequest:
     """A checked request. `deadline` is a time of the event loop's clock.
 
-    `groups` and `quota` are the tenant's. `warming` is set on the request that computes a published prefix, which is
-    then its whole prompt; `only` names the one worker that shall run a request.
+    `groups`, `ttft_s` (its time to first token, 0 for none) and `quota` are the tenant's. `warming` is set on the
+    request that computes a published prefix, which is then its whole prompt; `only` names the one worker that shall run
+    a request.
     """
 
     request_id: str
@@ -56,6 +58,7 @@ class TokenRequest:
     priority: int = 0
     no_store: bool = False
     groups: tuple[str, ...] = ()
+    ttft_s: float = 0.0
     quota: KvQuota = NO_QUOTA
     warming: PrefixRecord | None = None
     only: WorkerId | None = None
@@ -86,13 +89,21 @@ class Dispatch:
     """
 
     def __init__(self, fleet: Fleet, scopes: Scopes, *, ready_grace_s: float = 5.0) -> None:
+        self.recent = RecentPlacements()
         self._fleet = fleet
         self._scopes = scopes
         self._ready_grace_s = ready_grace_s
 
+    def explain(self, request: TokenRequest) -> Placement:
+        """Where the request would go now, without sending it."""
+        return self._story(request).explain()
+
+    def _story(self, request: TokenRequest) -> _Story:
+        return _Story(self._fleet, self._scopes, self.recent, request, self._ready_grace_s)
+
     async def stream(self, request: TokenRequest) -> AsyncIterator[TokenDelta]:
         """The answer as it comes; raises `pando.errors`. Closing or cancelling this cancels at the worker."""
-        story = _Story(self._fleet, self._scopes, request, self._ready_grace_s)
+        story = self._story(request)
         try:
             while True:
                 delta = await story.next_delta()
@@ -106,9 +117,12 @@ class Dispatch:
 class _Story:
     """One request on its way: at most one attempt at a time holds a reservation and a stream."""
 
-    def __init__(self, fleet: Fleet, scopes: Scopes, request: TokenRequest, ready_grace_s: float) -> None:
+    def __init__(
+        self, fleet: Fleet, scopes: Scopes, recent: RecentPlacements, request: TokenRequest, ready_grace_s: float
+    ) -> None:
         self._fleet = fleet
         self._scopes = scopes
+        self._recent = recent
         self._request = request
         self._loop = asyncio.get_running_loop()
         self._wait_until = min(request.deadline, self._loop.time() + ready_grace_s)
@@ -176,6 +190,8 @@ class _Story:
             if model is not None:
                 cover, ask = self._ask(model)
                 answer = self._fleet.reserve(ask)
+                placement = answer.placement if isinstance(answer, Reservation) else answer
+                self._recent.add(self._request.request_id, self._attempt, placement)
                 if isinstance(answer, Reservation):
                     return cover, answer
                 _raise_if_hopeless(answer)
@@ -184,12 +200,19 @@ class _Story:
                 self._check_deadline()
                 raise Unavailable("no worker is ready", reason="NO_WORKER", retry_after_s=RETRY_AFTER_S)
 
+    def explain(self) -> Placement:
+        """Where the next attempt would go."""
+        model = self._fleet.model_spec
+        if model is None:
+            raise Unavailable("no worker is ready", reason="NO_WORKER", retry_after_s=RETRY_AFTER_S)
+        return self._fleet.explain(self._ask(model)[1])
+
     def _ask(self, model: FleetModel) -> tuple[Cover, Ask]:
         request = self._request
         cover = self._cover(model)
         keys = block_keys(cover.regions, request.token_ids, model.block_size)
         tie_key = self._tie_key(cover, keys, model.block_size)
-        prompt = Prompt(len(request.token_ids), request.sampling.max_tokens, tie_key)
+        prompt = Prompt(len(request.token_ids), request.sampling.max_tokens, tie_key, request.ttft_s)
         tried = frozenset(self._tried)
         return cover, Ask(prompt, keys, stores=not request.no_store, avoid=tried, only=request.only)
 
@@ -236,7 +259,9 @@ class _Story:
             admission = admission or output.admission
             end = output if output.finish is not None else None
         if token_ids:
-            reservation.started()
+            reservation.started(admission)
+        if admission is not None:
+            self._recent.found(self._request.request_id, admission.cached_tokens)
         delta = TokenDelta(
             first_index=first_index,
             token_ids=token_ids,
@@ -299,6 +324,10 @@ class _Story:
 
 def _raise_if_hopeless(placement: Placement) -> None:
     """Waiting for a worker helps only where none that is ready has said no."""
+    if placement.retry_after_s:
+        raise ResourceExhausted(
+            "no worker could start it in the tenant's time", reason="TTFT", retry_after_s=placement.retry_after_s
+        )
     reasons = {reason for _, reason in placement.excluded}
     if reasons & {QUEUE_FULL, TRIED}:
         raise _queues_full()

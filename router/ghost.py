@@ -15,6 +15,7 @@ from kvstore.block import BlockKey, WorkerId
 SAMPLE = 32
 """Of 256 keys so many are followed."""
 MOST_KEYS = 1 << 16
+_BELOW = bytes([SAMPLE])
 _BUCKETS = 48
 _FIRST_S = 0.25
 _FADE_AFTER = 1 << 15
@@ -44,10 +45,10 @@ class Ghost:
 
     def placed(self, worker: WorkerId, keys: Sequence[BlockKey], now: float) -> None:
         """A prompt with these keys went to a worker, which now has them, the last one the least recently used."""
-        sample = [key for key in keys if key[0] < SAMPLE]
         order = self._orders.get(worker)
         if order is None:
             return
+        sample = [key for key in keys if key[:1] < _BELOW]
         for key in reversed(sample):
             order[key] = now
             order.move_to_end(key)

@@ -37,9 +37,10 @@ class Candidate:
     on its device or being computed there; 0 for no more than on its device. `queued_tokens`: uncached prompt tokens
     ahead of this request. `prefill_tokens_per_s` is 0 while unmeasured. `slot_wait_s`: time until a sequence ends where
     all slots are taken. `running`: sequences past their prompt. `free_tokens`: room on the device that holds nothing.
-    `reuse`: probability that what it evicts next is asked for again. `load_share`: what a token loaded from its CPU tier
-    takes of the time of one that is computed. `confidence`: how much of a predicted prefix it then found. `arrivals_per_s` and `utilization`: of late. `pulls`: of its blocks under way. `excluded` says why it
-    cannot be chosen, empty if it can.
+    `reuse`: probability that what it evicts next is asked for again. `load_share`: what a token loaded from its CPU
+    tier takes of the time of one that is computed. `confidence`: how much of a predicted prefix it then found.
+    `arrivals_per_s` and `utilization`: of late. `pulls`: of its blocks under way. `excluded` says why it cannot be
+    chosen, empty if it can.
     """
 
     worker: WorkerId

@@ -50,7 +50,8 @@ NO_QUOTA = KvQuota()
 class Tenant:
     """An authenticated caller and what it may use. `max_in_flight` 0 sets no limit of its own.
 
-    `publish` says with whom it may share prefixes.
+    `publish` says with whom it may share prefixes. `ttft_s` is the time to first token that it shall get or be refused;
+    0 for none.
     """
 
     id: TenantId
@@ -58,6 +59,7 @@ class Tenant:
     groups: tuple[str, ...] = ()
     publish: frozenset[str] = DEFAULT_PUBLISH
     quota: KvQuota = NO_QUOTA
+    ttft_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +113,13 @@ def _read_tenant(name: str, record: Any) -> tuple[Tenant, list[bytes]]:
         groups=_groups(name, record),
         publish=_publish(name, record),
         quota=_quota(name, record),
+        ttft_s=(_count(name, record, "ttft_target_ms") or 0) / 1e3,
     )
     return tenant, [_parse_hash(name, key) for key in keys]
 
 
 _QUOTAS = ("device_floor_blocks", "device_ceiling_blocks", "cpu_floor_blocks", "cpu_ceiling_blocks")
-_SETTINGS = {"keys", "max_in_flight", "groups", "publish", "publish_budget_blocks", *_QUOTAS}
+_SETTINGS = {"keys", "max_in_flight", "groups", "publish", "publish_budget_blocks", "ttft_target_ms", *_QUOTAS}
 
 
 def _quota(name: str, record: Mapping[str, Any]) -> KvQuota:
