@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
+import io
+import json
 import logging
 import random
 import time
@@ -25,6 +28,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 import pando
 from kvstore.block import WorkerId
 from pando.admin_client import AdminClient
+from pando.cli import main
 from pando.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -256,6 +260,13 @@ async def explain(tenant: str, request: pb.GenerateRequest) -> Placement:
 
 
 VIEW = WorkerView("w0", 3, WorkerState.READY, "127.0.0.1:1", "m", 42, 1, 2, 100, 60, 39, 500, 1e4, 38, "because")
+
+
+def run_cli(*argv: str) -> str:
+    """What the command prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(argv) == 0
+    return out.getvalue()
 
 
 def generate(**fields: Any) -> bytes:
@@ -976,6 +987,11 @@ async def test_admin_tells_what_happened(start: Start) -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await admin.ExplainPlacement(asked, metadata=key, timeout=5)
             assert caught.value.code() is code
+    why = await asyncio.to_thread(run_cli, "explain", "r-1", "--target", house.admin, "--admin-key", "root")
+    assert "attempt 2 went to w0: least cost; 20 prompt tokens, 12 found cached" in why
+    assert "recompute" in why and "queue full" in why
+    said = await asyncio.to_thread(run_cli, "explain", "r-1", "--target", house.admin, "--admin-key", "root", "--json")
+    assert [row["worker"] for row in json.loads(said)["candidates"]] == ["w0", "w1"]
     refused = pytest.raises(Unsupported, match=f"^{house.public} is not an admin port$")
     with AdminClient(house.public, key="root") as stranger, refused:
         await asyncio.to_thread(stranger.stats)

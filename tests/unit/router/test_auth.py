@@ -237,6 +237,7 @@ device_floor_blocks = 10
 device_ceiling_blocks = 100
 cpu_ceiling_blocks = 0
 publish_budget_blocks = 0
+ttft_target_ms = 1500
 """
     path = write(
         tmp_path / "t.toml", f'[tenants.b]\nkeys = ["{key_hash("b")}"]\n[tenants.a]\nkeys = ["{key_hash("a")}"]\n'
@@ -252,6 +253,7 @@ publish_budget_blocks = 0
     changed = tenants.tenant(bearer("a"))
     assert (changed.groups, changed.publish) == (("g", "h"), {"own", "public"})
     assert changed.quota == KvQuota(10, 100, 0, 0, 0)
+    assert (plain.ttft_s, changed.ttft_s) == (0, 1.5)
     assert tenants.lookup(changed.id) == changed and tenants.lookup(TenantId("nobody")) is None
 
 
