@@ -130,7 +130,7 @@ class Stage:
     def say_load(self, link: SaidLink) -> None:
         """A report with something in it."""
         rng = self._rng
-        rate = 20_000.0 * rng.uniform(0.9, 1.1)
+        rate = 20_000.0 * rng.uniform(0.995, 1.005)  # moving averages
         link.say(WorkerLoad(rng.randrange(8), 0, rng.randrange(8000), 100, 900, rate, 20.0))
 
     def _link(self, address: str, **told: Any) -> SaidLink:

@@ -25,6 +25,8 @@ MOST_UTILIZATION = 0.95
 CLEAN = 0.1
 """Of a time to first token that was for less than this share waiting, the rest says how fast the worker computes."""
 LEAST_TOKENS = 64
+RATE_NEWS = 0.02
+"""A reported rate that moved by less than this share moves nothing."""
 
 Found = Mapping[WorkerId, CachedPrefix]
 _device_blocks = attrgetter("device_blocks")
@@ -61,7 +63,7 @@ class Board:
         prompt = ask.prompt
         if len(reasons) == len(self._members):
             return Placement(None, NO_WORKER, 0, prompt.num_tokens, reasons, num_tokens=prompt.num_tokens)
-        held = self._held(ask, found, now)
+        held = self._held(ask, found)
         costs = cost(prompt, self._rows, held)
         return choose(prompt, self._rows, costs, (out, reasons) if reasons else None, by)
 
@@ -69,7 +71,7 @@ class Board:
         """Each member as a value, built anew: what `decide` does not have to do."""
         self._catch_up(now)
         most = (ask.prompt.num_tokens - 1) // self._block_size
-        return [self._candidate(member, ask, found.get(member.id), most, now) for member in self._members]
+        return [self._candidate(member, ask, found.get(member.id), most) for member in self._members]
 
     def placed(self, placement: Placement, keys: Sequence[BlockKey], now: float) -> None:
         """A request goes where `decide` said; `keys` are those that the worker will have then."""
@@ -125,6 +127,7 @@ class Board:
 
     def _catch_up(self, now: float) -> None:
         """Write what changed since the last decision, and what time changes."""
+        self.heads.expire(now)
         rows = self._rows
         if self._changed:
             for member in self._changed:
@@ -146,7 +149,6 @@ class Board:
         rows.utilization = np.minimum(self._work.per_second(now), MOST_UTILIZATION)
 
     def _write(self, row: int, member: Member, standing: Standing, now: float) -> None:
-        member.computing.expire(now)
         rows = self._rows
         queue = standing.queue
         self._reported[row], self._sent[row] = queue.reported, queue.sent
@@ -158,7 +160,7 @@ class Board:
         rows.load_share[row] = standing.load_share
         rows.confidence[row] = standing.confidence
         rows.reuse[row] = self.ghost.reuse(member.id, now)
-        if self._rates[row] != standing.prefill_tokens_per_s:
+        if abs(self._rates[row] - standing.prefill_tokens_per_s) > RATE_NEWS * standing.prefill_tokens_per_s:
             self._rates[row] = standing.prefill_tokens_per_s
             self._rates_changed = True
         if self._standing_reasons[row] != standing.excluded:
@@ -176,7 +178,7 @@ class Board:
         named = tuple((member.id, word) for member, word in zip(self._members, words, strict=True) if word)
         return np.array([bool(word) for word in words]), named
 
-    def _held(self, ask: Ask, found: Found, now: float) -> Held:
+    def _held(self, ask: Ask, found: Found) -> Held:
         """What workers have of the prompt. At least its last token is computed."""
         size, block_size = len(self._members), self._block_size
         most = (ask.prompt.num_tokens - 1) // block_size
@@ -191,7 +193,7 @@ class Board:
                 tiers = np.zeros(size + 1)
                 tiers[rows] = either
         device = np.minimum(device[:size], most)
-        computing = self._computing(ask.keys, device, most, now)
+        computing = self._computing(ask.keys, device, most)
         return Held(
             device * block_size,
             None if tiers is None else np.minimum(tiers[:size], most) * block_size,
@@ -200,30 +202,35 @@ class Board:
         )
 
     def _computing(
-        self, keys: Sequence[BlockKey], device: NDArray[np.float64], most: int, now: float
+        self, keys: Sequence[BlockKey], device: NDArray[np.float64], most: int
     ) -> NDArray[np.float64] | None:
-        computing = None
-        for worker in tuple(self.heads.workers(keys)):
-            row = self._row_of.get(worker)
-            if row is None:
-                continue
-            blocks = int(device[row])
-            self._members[row].computing.expire(now)
-            depth = self._members[row].computing.depth(keys, blocks, most)
-            if depth > blocks:
-                computing = device.copy() if computing is None else computing
-                computing[row] = depth
-        return computing
+        at_work = self.heads.of(keys)
+        if not at_work:
+            return None
+        row_of, members = self._row_of, self._members
+        on_device = list(map(int, device.tolist()))
+        depths: dict[int, int] = {}
+        for computing in at_work:
+            row = row_of.get(computing.worker)
+            if row is None or members[row].computing is not computing:
+                continue  # of a life that is over
+            depth = computing.depth(keys, on_device[row], most)
+            if depth > on_device[row]:
+                depths[row] = depth
+        if not depths:
+            return None
+        credited = device.copy()
+        credited[list(depths)] = list(depths.values())
+        return credited
 
-    def _candidate(self, member: Member, ask: Ask, held: CachedPrefix | None, most: int, now: float) -> Candidate:
+    def _candidate(self, member: Member, ask: Ask, held: CachedPrefix | None, most: int) -> Candidate:
         standing, row = member.standing(), self._row_of[member.id]
         blocks = min(held.device_blocks, most) if held is not None else 0
-        member.computing.expire(now)
         return Candidate(
             worker=member.id,
             cached_tokens=blocks * self._block_size,
             queued_tokens=float(self._rows.queued[row]),
-            prefill_tokens_per_s=standing.prefill_tokens_per_s,
+            prefill_tokens_per_s=float(self._rates[row]),
             step_s=standing.step_s,
             slot_wait_s=standing.slot_wait_s,
             excluded=member.refusal(ask, standing.excluded),

@@ -27,38 +27,48 @@ class Chain:
 
 
 class Heads:
-    """By its first block, who computes a prompt: whose `Computing` is worth asking."""
+    """By its first block, who computes a prompt: whose `Computing` is worth asking. One for all workers."""
 
     def __init__(self) -> None:
-        self._workers: dict[BlockKey, Counter[WorkerId]] = {}
+        self._computing: dict[BlockKey, Counter[Computing]] = {}
+        self._finished: deque[tuple[float, Computing, Chain]] = deque()
 
-    def workers(self, keys: Sequence[BlockKey]) -> Collection[WorkerId]:
-        """Those that compute a prompt with the same first block, or did a moment ago."""
-        return self._workers.get(keys[0], ()) if keys else ()
+    def of(self, keys: Sequence[BlockKey]) -> Collection[Computing]:
+        """Of those that compute a prompt with the same first block, or did a moment ago."""
+        return self._computing.get(keys[0], ()) if keys else ()
 
-    def add(self, head: BlockKey, worker: WorkerId) -> None:
+    def expire(self, now: float) -> None:
+        """Forget what events must have told of."""
+        while self._finished and self._finished[0][0] <= now:
+            _, computing, chain = self._finished.popleft()
+            computing.forget(chain)
+
+    def add(self, computing: Computing, chain: Chain) -> None:
         """One more."""
-        self._workers.setdefault(head, Counter())[worker] += 1
+        self._computing.setdefault(chain.keys[0], Counter())[computing] += 1
 
-    def remove(self, head: BlockKey, worker: WorkerId) -> None:
+    def remove(self, computing: Computing, chain: Chain) -> None:
         """One less."""
-        workers = self._workers[head]
-        workers[worker] -= 1
-        if not workers[worker]:
-            del workers[worker]
-            if not workers:
-                del self._workers[head]
+        head = chain.keys[0]
+        counts = self._computing[head]
+        counts[computing] -= 1
+        if not counts[computing]:
+            del counts[computing]
+            if not counts:
+                del self._computing[head]
+
+    def finish(self, computing: Computing, chain: Chain, now: float) -> None:
+        """It has run: it is credited a while longer."""
+        self._finished.append((now + EVENT_LAG_S, computing, chain))
 
 
 class Computing:
     """What one life of a worker computes."""
 
     def __init__(self, worker: WorkerId, heads: Heads) -> None:
-        self._worker = worker
+        self.worker = worker
         self._heads = heads
         self._counts: Counter[BlockKey] = Counter()
-        self._finished: deque[tuple[float, Chain]] = deque()
-        self._gone = False
 
     def begin(self, keys: Sequence[BlockKey], start: int) -> Chain | None:
         """Credit `keys[start:]` from now on; None where that is nothing."""
@@ -66,15 +76,15 @@ class Computing:
             return None
         chain = Chain(keys, start)
         self._counts.update(keys[start:])
-        self._heads.add(keys[0], self._worker)
+        self._heads.add(self, chain)
         return chain
 
     def end(self, chain: Chain, has_run: bool, now: float) -> None:
         """It is over. What has run stays credited until events must have come."""
-        if has_run and not self._gone:
-            self._finished.append((now + EVENT_LAG_S, chain))
+        if has_run:
+            self._heads.finish(self, chain, now)
         else:
-            self._forget(chain)
+            self.forget(chain)
 
     def depth(self, keys: Sequence[BlockKey], depth: int, most: int) -> int:
         """How many blocks of a prompt are there or will be, `depth` of them being there."""
@@ -84,18 +94,8 @@ class Computing:
         # What is computed of a prompt has no holes, so its end is a binary search.
         return bisect_left(range(most), True, depth + 1, key=lambda block: keys[block] not in counts)
 
-    def expire(self, now: float) -> None:
-        """Forget what events must have told of."""
-        while self._finished and self._finished[0][0] <= now:
-            self._forget(self._finished.popleft()[1])
-
-    def clear(self) -> None:
-        """The worker is gone: what it finished, or will, is credited no more."""
-        self._gone = True
-        while self._finished:
-            self._forget(self._finished.popleft()[1])
-
-    def _forget(self, chain: Chain) -> None:
+    def forget(self, chain: Chain) -> None:
+        """Credit it no more."""
         counts = self._counts
         for key in chain.keys[chain.start :]:
             left = counts[key] - 1
@@ -103,4 +103,4 @@ class Computing:
                 counts[key] = left
             else:
                 del counts[key]
-        self._heads.remove(chain.keys[0], self._worker)
+        self._heads.remove(self, chain)

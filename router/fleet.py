@@ -238,7 +238,6 @@ class Fleet:
     def _drop(self, worker: WorkerId) -> None:
         member = self._members.pop(worker, None)
         if member is not None:
-            member.computing.clear()
             self._board.set_members(self._members.values())
             task = asyncio.create_task(member.link.stop())
             self._closing.add(task)
