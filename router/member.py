@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from kvstore.block import BlockKey, WorkerId
 from kvstore.lease import Lease
@@ -55,8 +56,7 @@ class Ask:
     num_answers: int = 1  # sequences that go on from the prompt, which is computed once
 
 
-@dataclass(frozen=True, slots=True)
-class Queue:
+class Queue(NamedTuple):
     """Uncached prompt tokens ahead of a new request, by two accounts, of which the greater holds.
 
     `reported`: by the worker, and what was sent since. `sent`: all that this router sent and saw no token of; the first
@@ -70,8 +70,7 @@ class Queue:
     first_since: float
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(NamedTuple):
     """What a worker is worth to any request: the fields of a `Candidate` that do not depend on the prompt."""
 
     queue: Queue
