@@ -8,9 +8,11 @@ block by its key still compares scope, parent and tokens.
 from __future__ import annotations
 
 import hashlib
+import struct
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import islice
+from typing import NamedTuple, cast
 
 from xxhash import xxh3_128_digest
 
@@ -51,23 +53,22 @@ def block_keys(
     `key_bits` below 128 makes collisions likely; it is for tests of what happens then.
     """
     cut = _cutter(key_bits)
-    data = token_bytes(token_ids)
-    step = block_size * TOKEN_BYTES
+    # The loop of every request's way: each block's bytes from one C iterator, each key kept by the list itself.
+    blocks = struct.iter_unpack(f"{block_size * TOKEN_BYTES}s", _whole(token_bytes(token_ids), block_size))
     num_blocks = len(token_ids) // block_size
     keys: list[BlockKey] = []
-    append = keys.append
     key = b""
     for end, root, seed, _ in spans(regions, block_size):
         first = len(keys)
         if first >= num_blocks:
             break
-        last = num_blocks if end is None else min(end, num_blocks)
+        of_span = blocks if end is None else islice(blocks, end - first)
         key = _enter(key, root, seed)
-        for offset in range(first * step, last * step, step):
-            key = xxh3_128_digest(key + data[offset : offset + step], seed)
-            if cut is not None:
-                key = cut(key)
-            append(BlockKey(key))
+        if cut is None:
+            made = [key := xxh3_128_digest(key + block, seed) for (block,) in of_span]
+        else:
+            made = [key := cut(xxh3_128_digest(key + block, seed)) for (block,) in of_span]
+        keys += cast("list[BlockKey]", made)
     return keys
 
 
@@ -141,6 +142,12 @@ def token_bytes(token_ids: array[int]) -> bytes:
 
 def _seed(root: ScopeRoot) -> int:
     return int.from_bytes(root[:8], "little")
+
+
+def _whole(data: bytes, block_size: int) -> memoryview:
+    """The bytes of the full blocks."""
+    step = block_size * TOKEN_BYTES
+    return memoryview(data)[: len(data) // step * step]
 
 
 def _enter(parent: bytes, root: ScopeRoot, seed: int) -> bytes:

@@ -17,18 +17,14 @@ from dataclasses import dataclass, replace
 from kvstore.block import BlockKey, WorkerId
 from kvstore.block_key import block_keys, token_bytes
 from kvstore.scope import TenantId
-from pando.errors import (
-    DeadlineExceeded,
-    InternalError,
-    InvalidRequest,
-    ResourceExhausted,
-    Unavailable,
-)
+from pando.errors import InternalError, Unavailable
 from router.fleet import Fleet, FleetModel
 from router.link_messages import AdmissionReport, LinkOutput, SamplingChoice, Submission
-from router.member import CONTEXT_LENGTH, KV_CAPACITY, QUEUE_FULL, TRIED, Ask, Reservation
+from router.member import Ask, Reservation
 from router.placement import Placement, Prompt
 from router.prefix_catalog import PrefixRecord
+from router.recent import RecentPlacements
+from router.refusals import RETRY_AFTER_S, deadline_exceeded, no_worker, queues_full, raise_if_hopeless, too_long
 from router.scopes import Cover, Scopes
 from router.tenants import NO_QUOTA, KvQuota
 from router.worker_link import LinkStream, WorkerLost
@@ -38,16 +34,16 @@ __all__ = ["AdmissionReport", "Dispatch", "SamplingChoice", "Story", "TokenDelta
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-RETRY_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
     """A checked request. `deadline` is a time of the event loop's clock.
 
-    `groups`, `quota` and `weight` are the tenant's. `warming` is set on the request that computes a published prefix,
-    which is then its whole prompt; `only` names the one worker that shall run a request. Each of `fork_seeds` asks for
-    one more answer: its own but for the prompt, which is computed once for all.
+    `groups`, `ttft_s` (its time to first token, 0 for none), `quota` and `weight` are the tenant's. `warming` is set on
+    the request that computes a published prefix, which is then its whole prompt; `only` names the one worker that shall
+    run a request. Each of `fork_seeds` asks for one more answer: its own but for the prompt, which is computed once for
+    all.
     """
 
     request_id: str
@@ -58,6 +54,7 @@ class TokenRequest:
     priority: int = 0
     no_store: bool = False
     groups: tuple[str, ...] = ()
+    ttft_s: float = 0.0
     quota: KvQuota = NO_QUOTA
     weight: int = 1
     warming: PrefixRecord | None = None
@@ -91,13 +88,18 @@ class Dispatch:
     """
 
     def __init__(self, fleet: Fleet, scopes: Scopes, *, ready_grace_s: float = 5.0) -> None:
+        self.recent = RecentPlacements()
         self._fleet = fleet
         self._scopes = scopes
         self._ready_grace_s = ready_grace_s
 
+    def explain(self, request: TokenRequest) -> Placement:
+        """Where the request would go now, without sending it."""
+        return self.stream(request).explain()
+
     def stream(self, request: TokenRequest) -> Story:
         """The answers as they come. Closing the story, or cancelling who waits for it, cancels at the worker."""
-        return Story(self._fleet, self._scopes, request, self._ready_grace_s)
+        return Story(self._fleet, self._scopes, self.recent, request, self._ready_grace_s)
 
 
 @dataclass(slots=True)
@@ -115,9 +117,12 @@ class Story:
     An iterator of deltas that raises `pando.errors`. Whoever does not read it to its end closes it.
     """
 
-    def __init__(self, fleet: Fleet, scopes: Scopes, request: TokenRequest, ready_grace_s: float) -> None:
+    def __init__(
+        self, fleet: Fleet, scopes: Scopes, recent: RecentPlacements, request: TokenRequest, ready_grace_s: float
+    ) -> None:
         self._fleet = fleet
         self._scopes = scopes
+        self._recent = recent
         self._request = request
         self._loop = asyncio.get_running_loop()
         self._wait_until = min(request.deadline, self._loop.time() + ready_grace_s)
@@ -220,20 +225,29 @@ class Story:
             if model is not None:
                 cover, ask = self._ask(model)
                 answer = self._fleet.reserve(ask)
+                placement = answer.placement if isinstance(answer, Reservation) else answer
+                self._recent.add(self._request.request_id, self._attempt, placement)
                 if isinstance(answer, Reservation):
                     return cover, answer
-                _raise_if_hopeless(answer)
+                raise_if_hopeless(answer)
             left = self._wait_until - self._loop.time()
             if left <= 0 or not await self._fleet.wait_ready(left):
                 self._check_deadline()
-                raise Unavailable("no worker is ready", reason="NO_WORKER", retry_after_s=RETRY_AFTER_S)
+                raise no_worker()
+
+    def explain(self) -> Placement:
+        """Where the next attempt would go."""
+        model = self._fleet.model_spec
+        if model is None:
+            raise no_worker()
+        return self._fleet.explain(self._ask(model)[1])
 
     def _ask(self, model: FleetModel) -> tuple[Cover, Ask]:
         request = self._request
         cover = self._cover(model)
         keys = block_keys(cover.regions, request.token_ids, model.block_size)
         tie_key = self._tie_key(cover, keys, model.block_size)
-        prompt = Prompt(len(request.token_ids), request.sampling.max_tokens, tie_key)
+        prompt = Prompt(len(request.token_ids), request.sampling.max_tokens, tie_key, request.ttft_s)
         tried = frozenset(self._tried)
         stores, answers = not request.no_store, len(self._running)
         return cover, Ask(prompt, keys, stores=stores, avoid=tried, only=request.only, num_answers=answers)
@@ -257,11 +271,11 @@ class Story:
             async with asyncio.timeout_at(self._request.deadline):
                 return await stream.take()
         except TimeoutError:
-            raise _deadline_exceeded() from None
+            raise deadline_exceeded() from None
 
     def _check_deadline(self) -> None:
         if self._loop.time() >= self._request.deadline:
-            raise _deadline_exceeded()
+            raise deadline_exceeded()
 
     # What comes back
 
@@ -298,7 +312,9 @@ class Story:
             admission = admission or output.admission
             end = output if output.finish is not None else None
         if token_ids:
-            reservation.started()
+            reservation.started(admission)
+        if admission is not None:
+            self._recent.found(self._request.request_id, admission.cached_tokens)
         finish = end.finish if end is not None and end.finish in ("stop", "length") else None
         if token_ids or finish is not None:
             delta = TokenDelta(
@@ -332,7 +348,7 @@ class Story:
         """Raise what the worker's end means: an error for the client, or `WorkerLost` where another may do it."""
         match end.finish, end.reason:
             case "deadline", _:
-                raise _deadline_exceeded()
+                raise deadline_exceeded()
             case "cancelled", "PURGED":
                 raise Unavailable("the tenant's cache was purged while this ran", reason="PURGED")
             case ("rejected", "DRAINING") | ("error", "WORKER_STOPPED") | ("cancelled", _):
@@ -342,7 +358,7 @@ class Story:
                 self._tried.add(self._place)
                 raise WorkerLost
             case "rejected", ("CONTEXT_LENGTH" | "KV_CAPACITY"):
-                raise _too_long(end.reason)
+                raise too_long(end.reason)
         raise self._defect(f"worker {self._place[0]} ended it as {end.finish}, {end.reason}")
 
     def _after_loss(self) -> None:
@@ -355,7 +371,7 @@ class Story:
             )
         if self._attempt >= MAX_ATTEMPTS:
             if self._tried:
-                raise _queues_full()
+                raise queues_full()
             raise Unavailable("no worker kept the request", reason="WORKER_LOST", retry_after_s=RETRY_AFTER_S)
         logger.info("request %s goes to another worker, attempt %d", self._request.request_id, self._attempt + 1)
 
@@ -363,27 +379,3 @@ class Story:
         error_id = uuid.uuid4().hex[:12]
         logger.error("error %s: request %s: %s", error_id, self._request.request_id, what)
         return InternalError("the worker failed at this request", error_id=error_id)
-
-
-def _raise_if_hopeless(placement: Placement) -> None:
-    """Waiting for a worker helps only where none that is ready has said no."""
-    reasons = {reason for _, reason in placement.excluded}
-    if reasons & {QUEUE_FULL, TRIED}:
-        raise _queues_full()
-    for reason in (KV_CAPACITY, CONTEXT_LENGTH):
-        if reason in reasons:
-            raise _too_long(reason.upper().replace(" ", "_"))
-
-
-def _deadline_exceeded() -> DeadlineExceeded:
-    return DeadlineExceeded("the deadline passed before the answer was complete")
-
-
-def _queues_full() -> ResourceExhausted:
-    return ResourceExhausted("every worker's queue is full", reason="QUEUE_FULL", retry_after_s=RETRY_AFTER_S)
-
-
-def _too_long(reason: str) -> InvalidRequest:
-    if reason == "CONTEXT_LENGTH":
-        return InvalidRequest("prompt and max_tokens are over the model's context", reason=reason)
-    return InvalidRequest("no worker has enough KV blocks for prompt and max_tokens", reason=reason)

@@ -21,6 +21,7 @@ from router.admission import Admission
 from router.dispatch import AdmissionReport, SamplingChoice, TokenDelta, TokenRequest
 from router.metrics import Metrics, Spent
 from router.model_card import ModelCard
+from router.placement import Placement
 from router.tenants import Tenant
 from router.text_answer import TextAnswer
 from router.tokenizer import Tokenizer
@@ -48,6 +49,8 @@ class TokenSource(Protocol):
     """Runs a request of tokens on the fleet: `router.dispatch.Dispatch`, or a test's stand-in."""
 
     def stream(self, request: TokenRequest) -> TokenStream: ...
+
+    def explain(self, request: TokenRequest) -> Placement: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,7 @@ class Generation:
                 priority=checked.priority,
                 no_store=checked.no_store,
                 groups=tenant.groups,
+                ttft_s=tenant.ttft_s,
                 quota=tenant.quota,
                 weight=tenant.weight,
                 fork_seeds=tuple(derived_seed(sampling.seed, index) for index in range(1, checked.n)),
@@ -130,6 +134,15 @@ class Generation:
         with self._counted(tenant.id, deadline):
             async with self._admission.enter(tenant, request_id) as entered:
                 yield entered
+
+    async def explain(self, tenant: Tenant, checked: Checked, card: ModelCard) -> Placement:
+        """Where a call would go now, without sending it."""
+        prompt = await self._encode(checked)
+        sampling = _sampling(checked, fit_max_tokens(checked, len(prompt), card))
+        request = TokenRequest(
+            checked.request_id, tenant.id, prompt, sampling, 0.0, groups=tenant.groups, ttft_s=tenant.ttft_s
+        )
+        return self._source.explain(request)
 
     async def _encode(self, checked: Checked) -> array[int]:
         if isinstance(checked.prompt, str):

@@ -27,9 +27,11 @@ from redis.backoff import NoBackoff
 from kvstore.memory_index import MemoryIndex
 from kvstore.mirror import Mirror
 from kvstore.redis_url import described
+from kvstore.scope import TenantId
 from pando.errors import ConfigError
 from pando.model_folder import resolve_model
 from pando.settings import RouterSettings
+from pando.v1.inference_pb2 import GenerateRequest
 from router.admin_api import RouterView
 from router.admission import Admission
 from router.auth import Authenticator, check_admin_key, open_authenticator
@@ -43,7 +45,7 @@ from router.limit_store import LimitStore
 from router.limits import LEASE_TTL_S, TIMEOUT_S, FleetLimits
 from router.metrics import Metrics
 from router.model_card import ModelCard, read_model_card
-from router.placement import Policy
+from router.placement import Placement, Policy
 from router.prefix_catalog import PrefixCatalog
 from router.prefix_registry import PrefixRegistry
 from router.prefix_seal import PrefixSeal
@@ -60,7 +62,9 @@ from router.server import (
     public_server,
 )
 from router.sharing import PrefixSharing
+from router.tenants import Tenant
 from router.tokenizer import Tokenizer
+from router.validation import check_request
 from router.worker_link import WorkerLink
 
 GRACE_S = 5.0
@@ -147,6 +151,8 @@ class RouterProcess:
             index_connected=lambda: mirror.connected,
             uptime_s=lambda: time.monotonic() - self._started,
             purge=sharing.purging.purge,
+            recent=sharing.dispatch.recent.of,
+            explain=partial(_explain, generation, authenticator, served),
         )
         _add_gauges(metrics, view)
         metrics.gauge("published_prefixes", "Published prefixes", lambda: len(sharing.catalog))
@@ -315,6 +321,18 @@ def _redis_client(url: str, *, timeout_s: float = 1.0) -> redis.asyncio.Redis:
         )
     except ValueError as error:
         raise ConfigError(described(error, url)) from error
+
+
+async def _explain(
+    generation: Generation,
+    authenticator: Authenticator,
+    card: Callable[[], ModelCard],
+    tenant: TenantId,
+    request: GenerateRequest,
+) -> Placement:
+    """Where a tenant's call would go, whether or not the tenant has a record."""
+    known = authenticator.lookup(tenant) or Tenant(tenant)
+    return await generation.explain(known, check_request(request, card()), card())
 
 
 def _add_gauges(metrics: Metrics, view: RouterView) -> None:

@@ -53,6 +53,7 @@ class Tenant:
     """An authenticated caller and what it may use of the fleet, through all routers together; 0 sets no limit.
 
     `weight` is its share of busy workers, beside others with theirs; `publish` says with whom it may share prefixes.
+    `ttft_s` is the time to first token that it shall get or be refused; 0 for none.
     """
 
     id: TenantId
@@ -63,6 +64,7 @@ class Tenant:
     groups: tuple[str, ...] = ()
     publish: frozenset[str] = DEFAULT_PUBLISH
     quota: KvQuota = NO_QUOTA
+    ttft_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +121,13 @@ def _read_tenant(name: str, record: Any) -> tuple[Tenant, list[bytes]]:
         groups=_groups(name, record),
         publish=_publish(name, record),
         quota=_quota(name, record),
+        ttft_s=(_count(name, record, "ttft_target_ms") or 0) / 1e3,
     )
     return tenant, [_parse_hash(name, key) for key in keys]
 
 
 _QUOTAS = ("device_floor_blocks", "device_ceiling_blocks", "cpu_floor_blocks", "cpu_ceiling_blocks")
-_LIMITS = ("max_in_flight", "requests_per_s", "prompt_tokens_per_s", "weight")
+_LIMITS = ("max_in_flight", "requests_per_s", "prompt_tokens_per_s", "weight", "ttft_target_ms")
 _SETTINGS = {"keys", "groups", "publish", "publish_budget_blocks", *_LIMITS, *_QUOTAS}
 
 

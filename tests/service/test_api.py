@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
+import io
+import json
 import logging
 import random
 import time
@@ -25,6 +28,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 import pando
 from kvstore.block import WorkerId
 from pando.admin_client import AdminClient
+from pando.cli import main
 from pando.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -52,12 +56,14 @@ from router.health import HealthService
 from router.interceptors import GateLimits
 from router.metrics import Metrics
 from router.model_card import read_model_card
+from router.placement import Candidate, Placement, Prompt, place
 from router.prefix_catalog import PrefixCatalog, PrefixRecord, Published
 from router.prefix_registry import PrefixRegistry
 from router.prefix_seal import PrefixSeal
 from router.prefixes_api import PrefixesService
 from router.publishing import Publishing
 from router.purging import PurgeReport
+from router.recent import Recent
 from router.server import PublicServices, ServerOptions, admin_server, listen, public_server
 from router.tokenizer import Tokenizer
 
@@ -233,7 +239,18 @@ async def start(tokenizer: Tokenizer, redis_url: str) -> AsyncIterator[Start]:
         registries.append(registry)
         publishing = Publishing(registry, fleet, fleet, model="pando-tiny", block_size=16)
         prefixes = PrefixesService(publishing, tokenizer, admission, lambda: card, lambda _: 1, block_size=16)
-        view = RouterView("r1", metrics, admission, lambda: [VIEW], lambda: 7, lambda: True, lambda: 1.5, purge)
+        view = RouterView(
+            "r1",
+            metrics,
+            admission,
+            lambda: [VIEW],
+            lambda: 7,
+            lambda: True,
+            lambda: 1.5,
+            purge,
+            {"r-1": RECENT}.get,
+            explain,
+        )
         house = House(fleet, tokenizer, "", "", metrics)
         health = HealthService(lambda: house.ready, ("pando.v1.Inference",))
         identity = KeyedTenants(tenants) if tenants else NamedTenants()
@@ -257,7 +274,23 @@ async def house(start: Start) -> House:
     return await start()
 
 
+PAIR = [Candidate("w0", 16, 0, 1e4, 0.0, 0.0), Candidate("w1", 0, 0, 1e4, 0.0, 0.0, "queue full")]
+RECENT = Recent(2, place(Prompt(20, 5, b"k"), PAIR), 12)
+
+
+async def explain(tenant: str, request: pb.GenerateRequest) -> Placement:
+    assert (tenant, request.text) == ("b", SECRET)
+    return RECENT.placement
+
+
 VIEW = WorkerView("w0", 3, WorkerState.READY, "127.0.0.1:1", "m", 42, 1, 2, 100, 60, 39, 500, 1e4, 38, "because")
+
+
+def run_cli(*argv: str) -> str:
+    """What the command prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(argv) == 0
+    return out.getvalue()
 
 
 def generate(**fields: Any) -> bytes:
@@ -969,13 +1002,34 @@ async def test_admin_tells_what_happened(start: Start) -> None:
         assert (purged.workers, purged.prefixes) == (2, 1)
         with pytest.raises(grpc.aio.AioRpcError, match="w0"):
             await admin.PurgeTenant(admin_pb2.PurgeTenantRequest(tenant="silent"), metadata=key, timeout=5)
-        for call, request in (
-            (admin.DrainWorker, admin_pb2.DrainWorkerRequest()),
-            (admin.ExplainPlacement, admin_pb2.ExplainPlacementRequest()),
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await admin.DrainWorker(admin_pb2.DrainWorkerRequest(), metadata=key, timeout=5)
+        assert caught.value.code() is C.UNIMPLEMENTED
+        ask = admin_pb2.ExplainPlacementRequest
+        for asked in (ask(request_id="r-1"), ask(tenant="b", text=SECRET)):
+            why = await admin.ExplainPlacement(asked, metadata=key, timeout=5)
+            assert (why.worker, why.reason, why.prompt_tokens) == ("w0", "least cost", 20)
+            first, second = why.candidates
+            assert (first.worker, first.plan, first.cached_tokens, second.excluded) == (
+                "w0",
+                "recompute",
+                16,
+                "queue full",
+            )
+            assert first.total_s == first.ttft_s == first.plan_s == pytest.approx(4e-4)
+            assert why.HasField("found_cached_tokens") == bool(asked.request_id)
+        for asked, code in (
+            (ask(request_id="gone"), C.NOT_FOUND),
+            (ask(tenant="no/name", text="x"), C.INVALID_ARGUMENT),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call(request, metadata=key, timeout=5)
-            assert caught.value.code() is C.UNIMPLEMENTED
+                await admin.ExplainPlacement(asked, metadata=key, timeout=5)
+            assert caught.value.code() is code
+    why = await asyncio.to_thread(run_cli, "explain", "r-1", "--target", house.admin, "--admin-key", "root")
+    assert "attempt 2 went to w0: least cost; 20 prompt tokens, 12 found cached" in why
+    assert "recompute" in why and "queue full" in why
+    said = await asyncio.to_thread(run_cli, "explain", "r-1", "--target", house.admin, "--admin-key", "root", "--json")
+    assert [row["worker"] for row in json.loads(said)["candidates"]] == ["w0", "w1"]
     refused = pytest.raises(Unsupported, match=f"^{house.public} is not an admin port$")
     with AdminClient(house.public, key="root") as stranger, refused:
         await asyncio.to_thread(stranger.stats)

@@ -245,6 +245,7 @@ publish_budget_blocks = 0
 weight = 4
 requests_per_s = 2.5
 prompt_tokens_per_s = 1000
+ttft_target_ms = 1500
 """
     path = write(
         tmp_path / "t.toml", f'[tenants.b]\nkeys = ["{key_hash("b")}"]\n[tenants.a]\nkeys = ["{key_hash("a")}"]\n'
@@ -262,6 +263,7 @@ prompt_tokens_per_s = 1000
     assert changed.quota == KvQuota(10, 100, 0, 0, 0)
     assert (changed.weight, changed.requests_per_s, changed.prompt_tokens_per_s) == (4, 2.5, 1000.0)
     assert (plain.weight, plain.requests_per_s, plain.prompt_tokens_per_s) == (1, 0.0, 0.0)
+    assert (plain.ttft_s, changed.ttft_s) == (0, 1.5)
     assert tenants.lookup(changed.id) == changed and tenants.lookup(TenantId("nobody")) is None
 
 
