@@ -18,12 +18,12 @@ from kvstore.lease import Lease
 from kvstore.memory_index import MemoryIndex
 from kvstore.mirror import Mirror
 from router.fleet import Fleet
-from router.link_messages import WorkerLoad
+from router.link_messages import AdmissionReport, WorkerLoad
 from router.member import Ask, Reservation
 from router.placement import Placement, Prompt
 from router.worker_link import WorkerLink
 from worker.engine import Load
-from worker.sequence import SequenceOutput
+from worker.sequence import AdmissionFacts, SequenceOutput
 
 _LOAD_FIELDS = tuple(field.name for field in fields(WorkerLoad))
 
@@ -31,8 +31,9 @@ _LOAD_FIELDS = tuple(field.name for field in fields(WorkerLoad))
 class SaidLink:
     """What the fleet sees of a `WorkerLink`: always up, with the load that was last said."""
 
-    def __init__(self, address: str, **_: Any) -> None:
+    def __init__(self, address: str, *, on_change: Callable[[], None], **_: Any) -> None:
         self.address = address
+        self.on_change = on_change
         self.load: WorkerLoad | None = None
         self.num_loads = 0
         self.num_streams = 0
@@ -93,7 +94,7 @@ class SimulatedRouter:
         """A worker said something of a request."""
         held = self._reservations[output.sequence_id]
         if output.token_ids:
-            held.started()
+            held.started(_report(output.admission) if output.admission is not None else None)
         if output.finish is not None:
             del self._reservations[output.sequence_id]
             self._outstanding[held.worker] -= 1
@@ -104,6 +105,7 @@ class SimulatedRouter:
         link = self._links[worker]
         link.load = WorkerLoad(*(getattr(load, field) for field in _LOAD_FIELDS))
         link.num_loads += 1
+        link.on_change()
 
     def _queued(self) -> dict[WorkerId, int]:
         return {WorkerId(view.id): view.queued_tokens for view in self._fleet.workers()}
@@ -111,3 +113,7 @@ class SimulatedRouter:
     def _new_link(self, address: str, **told: Any) -> SaidLink:
         self._links[address] = SaidLink(address, **told)
         return self._links[address]
+
+
+def _report(facts: AdmissionFacts) -> AdmissionReport:
+    return AdmissionReport(cached_device=facts.cached_device_tokens, cached_cpu=facts.cached_cpu_tokens)
