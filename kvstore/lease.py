@@ -35,6 +35,8 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     seq: int = 0
     num_blocks: int = 0
+    digest: int = 0
+    """Of what is resident after batch `seq`, as `kvstore.events.state_digest` makes it."""
     running: int = 0
     waiting: int = 0
     queued_tokens: int = 0

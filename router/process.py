@@ -170,7 +170,7 @@ class RouterProcess:
             model=settings.model,
             block_size=settings.block_size,
             policy=cast(Policy, settings.placement),
-            link_type=partial(WorkerLink, token=settings.link_token),
+            link_type=partial(WorkerLink, token=settings.link_token, following=mirror.following),
         )
         await mirror.start()
         self._parts.push_async_callback(mirror.stop)
