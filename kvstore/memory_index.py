@@ -313,9 +313,11 @@ def _depths(keys: Sequence[BlockKey], holders: Callable[[bytes], int | None], li
     if held == to_the_end:
         return found
     masks = list(map(holders, keys[at + 1 :]))
+    where = 0
     for mask in dict.fromkeys(masks):
         still = (mask or 0) & held | to_the_end
         if still != held:
-            found.append((at + 1 + masks.index(mask), held ^ still))
+            where = masks.index(mask, where)
+            found.append((at + 1 + where, held ^ still))
             held = still
     return found

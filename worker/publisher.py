@@ -167,7 +167,10 @@ class Publisher:
 
     def _beat(self) -> None:
         """Renew the lease and bring the index up to date, if Redis is there."""
+        before = self._index.acknowledged
         reachable = self._renew() and self._index.repair(self._renew_if_due)
+        if reachable and self._index.acknowledged != before:
+            self._renew()
         if reachable != self._reachable:
             self._reachable = reachable
             logger.warning("Redis is %s", "back" if reachable else "gone; serving goes on")
