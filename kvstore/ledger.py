@@ -10,6 +10,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import msgspec
 
@@ -61,16 +62,22 @@ class SnapshotPart:
     is_last: bool
 
 
+Told: TypeAlias = list[bytes] | SnapshotPart
+"""What a listener hears: encoded batches, or a part of a snapshot."""
+
+Listener: TypeAlias = Callable[[Told], object]
+
+
 class Ledger:
-    """`on_batch` hears of every batch as it is recorded. `kept_keys` bounds the batches kept, by the keys in them."""
+    """`kept_keys` bounds the batches that are kept, by the keys in them."""
 
     def __init__(self, worker_id: str, epoch: int, *, kept_keys: int = 65_536, kept_batches: int = 4096) -> None:
         self.worker_id = worker_id
         self.epoch = epoch
-        self.on_batch: Callable[[Recorded], None] = lambda recorded: None
         self.position = Position()
         self._resident: tuple[set[bytes], set[bytes]] = (set(), set())
         self._sums = [0, 0]
+        self._listeners: list[Listener] = []
         self._kept: deque[Recorded] = deque()
         self._num_kept_keys = 0
         self._limits = kept_batches, kept_keys
@@ -89,6 +96,23 @@ class Ledger:
         if not 0 <= missing <= len(self._kept):
             return None
         return list(itertools.islice(self._kept, len(self._kept) - missing, None))
+
+    def follow(self, listener: Listener, seq: int) -> None:
+        """From now on `listener` hears every batch after number `seq`; where those are not all kept, or `seq` is 0, a
+        snapshot comes first."""
+        self.unfollow(listener)
+        missing = self.since(seq) if seq else None
+        if missing is None:
+            for part in self.snapshot():
+                listener(part)
+        elif missing:
+            listener([recorded.payload for recorded in missing])
+        self._listeners.append(listener)
+
+    def unfollow(self, listener: Listener) -> None:
+        """It hears no more. Idempotent."""
+        if listener in self._listeners:
+            self._listeners.remove(listener)
 
     def chunks(self, tier: int, num_keys: int = KEYS_PER_BATCH) -> Iterator[bytes]:
         """The resident keys of a tier, so many at once."""
@@ -109,7 +133,8 @@ class Ledger:
         payload = encode(EventBatch(self.worker_id, self.epoch, seq, events, self.position.digest))
         recorded = Recorded(self.position, events, payload)
         self._keep(recorded)
-        self.on_batch(recorded)
+        for listener in self._listeners:
+            listener([payload])
         return recorded
 
     def _keep(self, recorded: Recorded) -> None:

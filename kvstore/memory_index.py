@@ -25,7 +25,7 @@ from kvstore.events import (
 from kvstore.index import CachedPrefix
 
 _SWEEP = 2048
-_SEARCHES = 8
+_SEARCHES = 4
 
 
 class MemoryIndex:
@@ -83,7 +83,8 @@ class MemoryIndex:
         for depth, mask in _depths(keys, device.get, self._live):
             workers, prefix = self._workers(mask), self._prefix(depth, 0)
             if found:
-                found.update(dict.fromkeys(workers, prefix))
+                for worker in workers:
+                    found[worker] = prefix
             else:
                 found = dict.fromkeys(workers, prefix)
         return found

@@ -12,23 +12,18 @@ import time
 from collections.abc import Callable
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TypeAlias
 
 import msgspec
 import redis
 
 from kvstore.events import Event
 from kvstore.lease import Fenced, Lease, LeaseKeeper
-from kvstore.ledger import Recorded, SnapshotPart
+from kvstore.ledger import Listener
 from kvstore.redis_index import RedisIndexWriter
 from worker.engine import Load, StepReport
 
 logger = logging.getLogger(__name__)
 
-
-Told: TypeAlias = "list[bytes] | SnapshotPart"
-Listener: TypeAlias = Callable[[Told], object]
-"""Hears encoded batches, or the parts of a snapshot; called on the publisher's thread, and must not wait."""
 
 REPUBLISH_EVERY_S = 5.0
 START_TRIES = 20
@@ -54,9 +49,7 @@ class Publisher:
         self._on_fenced = on_fenced
         self._clock = clock
         self._queue: SimpleQueue[tuple[list[Event], Load | None] | Callable[[], None] | None] = SimpleQueue()
-        self._listeners: list[Listener] = []
         self._republish_after = 0.0
-        index.ledger.on_batch = self._tell
         self._load: Load | None = None
         self._reachable = True
         self._next_beat = clock()
@@ -75,12 +68,12 @@ class Publisher:
             self._queue.put((report.events, report.load))
 
     def follow(self, listener: Listener, seq: int) -> None:
-        """From now on `listener` hears every batch after number `seq`; a snapshot first if they are not all kept."""
-        self._queue.put(partial(self._begin, listener, seq))
+        """As `Ledger.follow`; `listener` is called on the publisher's thread and must not wait."""
+        self._queue.put(partial(self._index.ledger.follow, listener, seq))
 
     def unfollow(self, listener: Listener) -> None:
         """It hears no more. Idempotent."""
-        self._queue.put(partial(self._end, listener))
+        self._queue.put(partial(self._index.ledger.unfollow, listener))
 
     def republish(self) -> None:
         """A router found that what Redis holds of this worker is wrong: write it anew, soon."""
@@ -138,24 +131,6 @@ class Publisher:
         except Empty:
             return events, True
         return events, False
-
-    def _tell(self, recorded: Recorded) -> None:
-        for listener in self._listeners:
-            listener([recorded.payload])
-
-    def _begin(self, listener: Listener, seq: int) -> None:
-        self._end(listener)
-        missing = self._index.ledger.since(seq) if seq else None
-        if missing is None:
-            for part in self._index.ledger.snapshot():
-                listener(part)
-        elif missing:
-            listener([recorded.payload for recorded in missing])
-        self._listeners.append(listener)
-
-    def _end(self, listener: Listener) -> None:
-        if listener in self._listeners:
-            self._listeners.remove(listener)
 
     def _doubt(self) -> None:
         """Rarely: a router that is wrong itself must not keep Redis busy."""

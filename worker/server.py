@@ -17,13 +17,14 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from kvstore.ledger import Told
 from pando.errors import ConfigError, InvalidRequest
 from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
 from worker.engine import Engine, EngineStopped, Load, StepReport
 from worker.link_guard import LinkGuard
 from worker.link_messages import pin_request, purge_roots, sequence_request, worker_messages
-from worker.publisher import Publisher, Told
+from worker.publisher import Publisher
 from worker.sequence import Finish, SequenceOutput
 from worker.session import Attempt, RouterSession
 

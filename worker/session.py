@@ -7,10 +7,9 @@ the oldest go; so a slow router gets fewer, larger messages.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from kvstore.ledger import SnapshotPart
+from kvstore.ledger import Listener, SnapshotPart, Told
 from worker.engine import Load
 from worker.sequence import SequenceOutput
 
@@ -42,7 +41,7 @@ class RouterSession:
     def __init__(self, router: str) -> None:
         self.router = router
         self.engine_ids: dict[int, int] = {}
-        self.listener: Callable[[list[bytes] | SnapshotPart], object] | None = None  # of block events, once asked for
+        self.listener: Listener | None = None  # of block events, once they were asked for
         self._outputs: dict[Attempt, SequenceOutput] = {}
         self._feed: list[bytes | SnapshotPart] = []
         self._pongs: list[int] = []
@@ -55,7 +54,7 @@ class RouterSession:
         self._outputs[attempt] = output if pending is None else merged(pending, output)
         self._wake.set()
 
-    def add_feed(self, told: list[bytes] | SnapshotPart) -> None:
+    def add_feed(self, told: Told) -> None:
         """Say encoded batches of block events, or a part of a snapshot."""
         self._feed += [told] if isinstance(told, SnapshotPart) else told
         del self._feed[:-MAX_PENDING_EVENTS]
