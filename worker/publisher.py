@@ -106,8 +106,9 @@ class Publisher:
     def _round(self) -> bool:
         """Sleep until there is something to do and do it; False when the thread should end."""
         events, going_on = self._wait_for_events()
-        if events:
-            self._index.publish(events)
+        was_in_sync = self._index.in_sync
+        if events and not self._index.publish(events) and was_in_sync:
+            self._next_beat = self._clock()  # Redis may be there and have lost its state: find out now
         if self._clock() >= self._next_beat:
             self._beat()
             self._next_beat = self._clock() + self._heartbeat_s
