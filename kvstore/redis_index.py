@@ -196,7 +196,7 @@ class RedisIndexReader:
         for tier in (DEVICE, CPU):
             for first in range(0, current.buckets, _BUCKETS_PER_READ):
                 last = min(first + _BUCKETS_PER_READ, current.buckets) - 1
-                blob = await self._read(keys=[meta], args=[base, current.name, tier, first, last])
+                blob = await self._read(keys=[], args=[meta, base, current.name, tier, first, last])
                 if blob is None:
                     raise LookupError("the current set was replaced")
                 if blob:

@@ -89,11 +89,12 @@ if meta[3] then drop(meta[3], meta[4]) end
 return newest
 """
 
+# No KEYS: a reader may not name what it cannot write. ARGV meta, bucket prefix, set, tier, first and last bucket.
 READ = """
-if redis.call('HGET', KEYS[1], 'set') ~= ARGV[2] then return false end
+if redis.call('HGET', ARGV[1], 'set') ~= ARGV[3] then return false end
 local parts = {}
-for i = tonumber(ARGV[4]), tonumber(ARGV[5]) do
-  parts[#parts + 1] = table.concat(redis.call('HKEYS', ARGV[1] .. ARGV[2] .. ':' .. ARGV[3] .. ':' .. i))
+for i = tonumber(ARGV[5]), tonumber(ARGV[6]) do
+  parts[#parts + 1] = table.concat(redis.call('HKEYS', ARGV[2] .. ARGV[3] .. ':' .. ARGV[4] .. ':' .. i))
 end
 return table.concat(parts)
 """

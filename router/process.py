@@ -162,7 +162,7 @@ class RouterProcess:
     async def _follow_fleet(self) -> tuple[MemoryIndex, Mirror, Fleet]:
         settings = self._settings
         index = MemoryIndex()
-        mirror = Mirror(settings.redis, settings.cluster, index)
+        mirror = Mirror(settings.redis_url, settings.cluster, index)
         fleet = Fleet(
             mirror,
             index,
@@ -182,7 +182,7 @@ class RouterProcess:
         self, fleet: Fleet, authenticator: Authenticator, secret: bytes, model: str
     ) -> PrefixSharing:
         settings = self._settings
-        client, seal = _redis_client(settings.redis), PrefixSeal(secret, settings.cluster)
+        client, seal = _redis_client(settings.redis_url), PrefixSeal(secret, settings.cluster)
         registry = PrefixRegistry(client, settings.cluster, seal, PrefixCatalog(), model=model)
         sharing = PrefixSharing(
             fleet, authenticator, registry, secret=secret, model=model, block_size=settings.block_size
@@ -211,7 +211,7 @@ class RouterProcess:
         if not settings.cluster_secret:
             log.warning("no cluster secret is set: a random one is used, and no second router can join")
         secret = (settings.cluster_secret or secrets.token_hex(32)).encode()
-        claim = SecretClaim(settings.redis, settings.cluster, secret)
+        claim = SecretClaim(settings.redis_url, settings.cluster, secret)
         self._parts.push_async_callback(claim.stop)
         await claim.start()
         return secret

@@ -153,7 +153,7 @@ class WorkerProcess:
         settings = self._settings
         capacity = spec.num_blocks + settings.cpu_blocks
         ledger = Ledger(settings.worker_id, identity.epoch)
-        self._redis = client = connect(settings.redis, timeout_s=REDIS_TIMEOUT_S)
+        self._redis = client = connect(settings.redis_url, timeout_s=REDIS_TIMEOUT_S)
         publisher = Publisher(
             RedisIndexWriter(client, settings.cluster, ledger, capacity=capacity, bulk=bulk),
             LeaseKeeper(client, settings.cluster, ttl_s=settings.lease_ttl_s),
@@ -219,9 +219,9 @@ def _connect(settings: WorkerSettings) -> redis.Redis | None:
     if not settings.redis:
         return None
     timeout_s = min(BULK_TIMEOUT_S, settings.lease_ttl_s / 2)
-    if reason := why_no_answer(settings.redis, timeout_s):
+    if reason := why_no_answer(settings.redis_url, timeout_s):
         raise ConfigError(reason)
-    return connect(settings.redis, timeout_s=timeout_s)
+    return connect(settings.redis_url, timeout_s=timeout_s)
 
 
 def _take_epoch(client: redis.Redis | None, settings: WorkerSettings) -> int:

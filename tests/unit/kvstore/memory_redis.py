@@ -221,17 +221,17 @@ def _commit(data: dict[str, Any], keys: Sequence[str], args: Sequence[Any], newe
 
 
 def _read(data: dict[str, Any], keys: Sequence[str], args: Sequence[Any]) -> Any:
-    if data.get(keys[0], {}).get("set") != args[1]:
+    meta, base, name, tier, first, last = args
+    if data.get(meta, {}).get("set") != name:
         return None
-    first, last = int(args[3]), int(args[4])
-    return b"".join(b"".join(data.get(f"{args[0]}{args[1]}:{args[2]}:{at}", ())) for at in range(first, last + 1))
+    return b"".join(b"".join(data.get(f"{base}{name}:{tier}:{at}", ())) for at in range(int(first), int(last) + 1))
 
 
 def _renew(data: dict[str, Any], keys: Sequence[str], args: Sequence[Any]) -> Any:
     if (newest := _newest(data, keys)) > int(args[0]):
         return newest
     data[keys[0]], data[keys[1]] = args[0], args[1]
-    data.setdefault(keys[2], set()).add(args[3])
+    data.setdefault(args[4], set()).add(args[3])
     return int(args[0])
 
 
