@@ -91,6 +91,8 @@ class Following:
 
     def __init__(self, index: MemoryIndex, cluster: str, times: MirrorTimes, clock: Callable[[], float]) -> None:
         self.on_lease_change: LeaseChange | None = None
+        self.on_read: Callable[[WorkerId, Lease], None] = lambda worker, lease: None
+        """Called when all that a worker holds was read."""
         self.counts = MirrorCounts()
         self.workers: dict[WorkerId, Followed] = {}
         self._index = index
@@ -150,6 +152,7 @@ class Following:
         self.counts.loads += 1
         followed.seq = seq
         followed.settled = settled
+        self.on_read(worker, followed.lease)
 
     def take_entry(self, worker: WorkerId, entry_id: bytes, payload: bytes | None) -> bool:
         """Apply one stream entry; False if the worker must be read again."""

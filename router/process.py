@@ -45,6 +45,7 @@ from router.prefix_catalog import PrefixCatalog
 from router.prefix_registry import PrefixRegistry
 from router.prefix_seal import PrefixSeal
 from router.prefixes_api import PrefixesService
+from router.self_check import SelfCheck
 from router.server import (
     INFERENCE,
     PREFIXES,
@@ -139,6 +140,11 @@ class RouterProcess:
             purge=sharing.purging.purge,
         )
         _add_gauges(metrics, view)
+        metrics.gauge(
+            "planted_unfound",
+            "Workers whose planted prefix this router cannot find",
+            lambda: self._self_check.num_unfound,
+        )
         metrics.gauge("published_prefixes", "Published prefixes", lambda: len(sharing.catalog))
         metrics.gauge("reserved", "Requests that hold a place at a worker", lambda: fleet.num_reserved)
         health = HealthService(lambda: fleet.ready, (INFERENCE, PREFIXES))
@@ -172,6 +178,7 @@ class RouterProcess:
             policy=cast(Policy, settings.placement),
             link_type=partial(WorkerLink, token=settings.link_token, following=mirror.following),
         )
+        mirror.following.on_read = self._self_check = SelfCheck(index, settings.block_size)
         await mirror.start()
         self._parts.push_async_callback(mirror.stop)
         await fleet.start()

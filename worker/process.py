@@ -21,6 +21,7 @@ from kvstore.block_key import key_fingerprint
 from kvstore.block_pool import BlockPool
 from kvstore.lease import Fenced, Lease, LeaseKeeper, connect, take_epoch
 from kvstore.ledger import Ledger
+from kvstore.planted import planted_keys
 from kvstore.redis_index import RedisIndexWriter
 from kvstore.redis_url import why_no_answer
 from pando.errors import ConfigError
@@ -160,6 +161,7 @@ class WorkerProcess:
             _lease(settings, identity, spec, address),
             heartbeat_s=settings.heartbeat_s,
             on_fenced=self._on_fenced,
+            planted=planted_keys(spec.fingerprint, spec.block_size),
         )
         try:
             publisher.start()

@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
 
 import msgspec
 import redis
 
-from kvstore.events import Event
+from kvstore.block import BlockKey
+from kvstore.events import BlocksStored, Cleared, Event
 from kvstore.lease import Fenced, Lease, LeaseKeeper
 from kvstore.ledger import Listener
 from kvstore.redis_index import RedisIndexWriter
@@ -30,7 +31,10 @@ START_TRIES = 20
 
 
 class Publisher:
-    """`put` may be called from any thread; all of Redis is this thread's, once `start` has returned."""
+    """`put` may be called from any thread; all of Redis is this thread's, once `start` has returned.
+
+    `planted` are the keys that routers look for, published beside what the worker holds.
+    """
 
     def __init__(
         self,
@@ -40,11 +44,13 @@ class Publisher:
         *,
         heartbeat_s: float,
         on_fenced: Callable[[], None],
+        planted: Sequence[BlockKey] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._index = index
         self._keeper = keeper
         self._lease = lease
+        self._planted: list[bytes] = list(planted)
         self._heartbeat_s = heartbeat_s
         self._on_fenced = on_fenced
         self._clock = clock
@@ -58,6 +64,7 @@ class Publisher:
     def start(self) -> None:
         """Publish the lease and an empty set, then go on in the background. Raises `redis.RedisError` or `Fenced`."""
         self._register()
+        self._index.publish([BlocksStored(self._planted)])
         self._index.repair()
         self._next_beat = self._clock() + self._heartbeat_s
         self._thread.start()
@@ -107,7 +114,7 @@ class Publisher:
         """Sleep until there is something to do and do it; False when the thread should end."""
         events, going_on = self._wait_for_events()
         was_in_sync = self._index.in_sync
-        if events and not self._index.publish(events) and was_in_sync:
+        if events and not self._publish(events) and was_in_sync:
             self._next_beat = self._clock()  # Redis may be there and have lost its state: find out now
         if self._clock() >= self._next_beat:
             self._beat()
@@ -122,7 +129,7 @@ class Publisher:
             item = self._queue.get(timeout=timeout)
             while item is not None:
                 if callable(item):
-                    self._index.publish(events)
+                    self._publish(events)
                     events = []
                     item()
                 else:
@@ -140,6 +147,11 @@ class Publisher:
             self._republish_after = now + REPUBLISH_EVERY_S
             logger.warning("a router says that the index differs from what this worker holds; it is written anew")
             self._index.publish_snapshot(self._renew_if_due)
+
+    def _publish(self, events: list[Event]) -> bool:
+        if any(isinstance(event, Cleared) for event in events):
+            events = [*events, BlocksStored(self._planted)]
+        return self._index.publish(events)
 
     def _beat(self) -> None:
         """Renew the lease and bring the index up to date, if Redis is there."""
