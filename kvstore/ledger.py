@@ -114,15 +114,18 @@ class Ledger:
         if listener in self._listeners:
             self._listeners.remove(listener)
 
-    def chunks(self, tier: int, num_keys: int = KEYS_PER_BATCH) -> Iterator[bytes]:
-        """The resident keys of a tier, so many at once."""
-        keys = iter(self._resident[tier])
-        while chunk := b"".join(itertools.islice(keys, num_keys)):
-            yield chunk
+    def keys(self, tier: int) -> Iterator[bytes]:
+        """The resident keys of a tier, in any order."""
+        return iter(self._resident[tier])
 
     def snapshot(self, num_keys: int = 8 * KEYS_PER_BATCH) -> list[SnapshotPart]:
         """All that is resident."""
-        parts = [(tier, chunk) for tier in (DEVICE, CPU) for chunk in self.chunks(tier, num_keys)] or [(DEVICE, b"")]
+        parts: list[tuple[int, bytes]] = []
+        for tier in (DEVICE, CPU):
+            keys = self.keys(tier)
+            while chunk := b"".join(itertools.islice(keys, num_keys)):
+                parts.append((tier, chunk))
+        parts = parts or [(DEVICE, b"")]
         last = len(parts) - 1
         return [SnapshotPart(self.position, tier, chunk, at == 0, at == last) for at, (tier, chunk) in enumerate(parts)]
 

@@ -12,7 +12,7 @@ the epoch, so both always agree and a fenced worker changes neither. Redis holds
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -24,11 +24,12 @@ from redis.typing import EncodableT
 from kvstore import redis_scripts as scripts
 from kvstore.events import CPU, DEVICE, KEY_BYTES, BlocksRemoved, BlocksStored, Cleared, Event, TierChanged
 from kvstore.lease import check_fence, redis_key
-from kvstore.ledger import Ledger, Position, Recorded
+from kvstore.ledger import KEYS_PER_BATCH, Ledger, Position, Recorded
 
 BATCH_FIELD = b"b"
 _KEYS_PER_BUCKET = 96  # on average; Redis packs hashes of up to 512 entries
 _BUCKETS_PER_READ = 32
+_MOST_AT_ONCE = 512  # keys in one command of a script
 _STALE = -1
 
 
@@ -109,8 +110,8 @@ class RedisIndexWriter:
         if not self._done(self._begin, self.ledger.position.seq + 1, name, self._buckets):
             return False
         for tier in (DEVICE, CPU):
-            for chunk in self.ledger.chunks(tier):
-                if not self._done(self._add, self.ledger.position.seq + 1, name, tier, chunk):
+            for parts in self._by_bucket(tier):
+                if not self._done(self._add, self.ledger.position.seq + 1, name, tier, *parts):
                     return False
                 between()
         marker = self.ledger.mark()
@@ -118,6 +119,24 @@ class RedisIndexWriter:
         if self.in_sync:
             self.acknowledged = marker.position
         return self.in_sync
+
+    def _by_bucket(self, tier: int) -> Iterator[list[bytes]]:
+        """The resident keys of a tier, a call's worth at a time, those of one bucket together: Redis finds it once."""
+        buckets: dict[int, list[bytes]] = {}
+        for key in self.ledger.keys(tier):
+            buckets.setdefault(int.from_bytes(key[:3], "little") % self._buckets, []).append(key)
+        parts: list[bytes] = []
+        room = KEYS_PER_BATCH
+        for keys in buckets.values():
+            for first in range(0, len(keys), _MOST_AT_ONCE):
+                part = keys[first : first + _MOST_AT_ONCE]
+                parts.append(b"".join(part))
+                room -= len(part)
+                if room <= 0:
+                    yield parts
+                    parts, room = [], KEYS_PER_BATCH
+        if parts:
+            yield parts
 
     def _append(self, recorded: Recorded) -> bool:
         seq = recorded.position.seq

@@ -68,13 +68,18 @@ redis.call('HSET', KEYS[2], 'epoch', ARGV[1], 'pending', ARGV[4], 'pending_bucke
 return newest
 """
 
+# ARGV set, tier; then keys of one bucket in one string, as many strings as there are.
 ADD = """
 local meta = redis.call('HMGET', KEYS[2], 'pending', 'pending_buckets')
 if meta[1] ~= ARGV[4] then return -1 end
 local buckets = tonumber(meta[2])
-for at = 1, #ARGV[6], 16 do
-  local key = string.sub(ARGV[6], at, at + 15)
-  redis.call('HSET', bucket(ARGV[4], ARGV[5], buckets, key), key, '')
+for i = 6, #ARGV do
+  local fields, keys = {}, ARGV[i]
+  for at = 1, #keys, 16 do
+    fields[#fields + 1] = string.sub(keys, at, at + 15)
+    fields[#fields + 1] = ''
+  end
+  redis.call('HSET', bucket(ARGV[4], ARGV[5], buckets, keys), unpack(fields))
 end
 return newest
 """

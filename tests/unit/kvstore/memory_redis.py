@@ -201,10 +201,10 @@ def _begin(data: dict[str, Any], keys: Sequence[str], args: Sequence[Any], newes
     return newest
 
 
-def _add(data: dict[str, Any], keys: Sequence[str], args: Sequence[Any], newest: int) -> Any:
-    if data.get(keys[1], {}).get("pending") != args[3]:
+def _add(data: dict[str, Any], names: Sequence[str], args: Sequence[Any], newest: int) -> Any:
+    if data.get(names[1], {}).get("pending") != args[3]:
         return -1
-    for key in (args[5][at : at + 16] for at in range(0, len(args[5]), 16)):
+    for key in (keys[at : at + 16] for keys in args[5:] for at in range(0, len(keys), 16)):
         data.setdefault(_bucket(args, args[3], args[4], key), set()).add(key)
     return newest
 

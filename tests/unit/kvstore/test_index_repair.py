@@ -82,7 +82,7 @@ class Worker:
             self.writer.publish_snapshot()
 
     def held(self, tier: int) -> set[bytes]:
-        return set(self.ledger.chunks(tier, 1))
+        return set(self.ledger.keys(tier))
 
 
 class World:
