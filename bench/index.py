@@ -13,8 +13,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-
-import redis
+from typing import Any
 
 from bench import index_peers
 from bench.index_load import CHAIN, Fleet, best_of, keys, make_fleet
@@ -147,21 +146,21 @@ def _row(what: str, blocks: int, cpu_and_wall: tuple[float, float], redis_cpu: f
             "Redis cpu s": round(redis_cpu, 2)}  # fmt: skip
 
 
-def _cpu(client: redis.Redis) -> float:
+def _cpu(client: Any) -> float:
     """Seconds of processor time that the server has used."""
     spent = client.info("cpu")
     assert isinstance(spent, dict)
     return float(spent["used_cpu_user"]) + float(spent["used_cpu_sys"])
 
 
-def _writer(client: redis.Redis, name: str, num_blocks: int) -> RedisIndexWriter:
+def _writer(client: Any, name: str, num_blocks: int) -> RedisIndexWriter:
     ledger = Ledger(name, take_epoch(client, CLUSTER, name))
     rng = random.Random(name)
     ledger.record([BlocksStored(keys(rng, num_blocks))])
     return RedisIndexWriter(client, CLUSTER, ledger, capacity=num_blocks)
 
 
-def _renew(client: redis.Redis, writer: RedisIndexWriter) -> None:
+def _renew(client: Any, writer: RedisIndexWriter) -> None:
     at = writer.acknowledged
     lease = Lease(
         worker_id=writer.ledger.worker_id, epoch=writer.ledger.epoch, address="", model="", block_size=16,
@@ -198,7 +197,7 @@ async def _follow(
     return cold, lags, after
 
 
-def _used(client: redis.Redis) -> int:
+def _used(client: Any) -> int:
     memory = client.info("memory")
     assert isinstance(memory, dict)
     return int(memory["used_memory"])

@@ -23,6 +23,7 @@ from kvstore.mirror import Mirror
 from router.dispatch import Dispatch
 from router.fleet import Fleet
 from router.scopes import Scopes
+from router.self_check import SelfCheck
 from router.worker_link import WorkerLink
 from tests.service.test_routing import BLOCK, CLUSTER, Router, full_blocks, prompt, two_workers
 
@@ -202,3 +203,49 @@ async def test_an_old_dump_costs_hints_and_nothing_else(own_redis: Any) -> None:
                 answer = (await routers[seed % 2].ask("a", tokens(seed)))[0]
                 assert answer.predicted_cached >= full_blocks(LENGTH)
             await routers[0].until(lambda: in_step(routers))
+
+
+async def test_a_router_that_knows_nothing_gets_all_of_it_over_the_link(own_redis: Any) -> None:
+    with two_workers(own_redis.url):
+        async with routers_on(own_redis.url, ("r1",)) as (router,):
+            home = WorkerId((await router.ask("a", tokens(1)))[0].worker)
+            await router.until(lambda: router.index.num_blocks(home) >= LENGTH // BLOCK)
+            held = router.index.keys_of(home)
+            own_redis.stop()
+            await router.until(lambda: not router.mirror.connected)
+            router.index.remove_worker(home)
+            router.mirror.following.workers[home].seq = None
+            await router.until(lambda: router.index.keys_of(home) == held)
+            assert router.mirror.position()[home][1] > 0
+
+
+async def test_a_set_that_is_damaged_in_redis_is_found_by_its_digest_and_written_anew(own_redis: Any) -> None:
+    with two_workers(own_redis.url):
+        async with routers_on(own_redis.url, ("r1",)) as (router,):
+            for seed in range(8):
+                await router.ask("a", tokens(seed))
+            await router.until(lambda: in_step([router]))
+            with redis.Redis.from_url(own_redis.url) as client:
+                client.delete(*client.keys(f"{CLUSTER}:{{w0}}:set:*"))
+            async with routers_on(own_redis.url, ("r2",)) as (late,):
+                await late.until(lambda: late.mirror.counts.mismatches > 0 and in_step([late]))
+            assert in_step([router])
+
+
+@pytest.mark.parametrize(("block_size", "unfound"), [(BLOCK, 0), (2 * BLOCK, 2)])
+async def test_the_planted_prefix_is_found_through_the_whole_path(
+    own_redis: Any, block_size: int, unfound: int
+) -> None:
+    with two_workers(own_redis.url):
+        index = MemoryIndex()
+        mirror = Mirror(own_redis.url, CLUSTER, index)
+        check = SelfCheck(index, block_size)
+        mirror.following.on_read = check
+        await mirror.start()
+        try:
+            async with asyncio.timeout(10):
+                while len(mirror.position()) < 2:
+                    await asyncio.sleep(0.02)
+            assert check.num_unfound == unfound
+        finally:
+            await mirror.stop()
