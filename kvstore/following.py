@@ -23,6 +23,8 @@ from kvstore.memory_index import Loading, MemoryIndex
 
 _log = logging.getLogger(__name__)
 
+_RELOADS_SKIPPED = 10
+
 LeaseChange = Callable[[WorkerId, Lease | None], None]
 
 
@@ -280,9 +282,12 @@ class Following:
             followed.doubted = False
             return True
         self.counts.mismatches += 1
-        _log.warning("the index differs from what worker %s holds at batch %d; it is read again", worker, followed.seq)
-        if followed.doubted and followed.ask is not None:
+        if not followed.doubted:
+            _log.warning("the index differs from what worker %s holds; it is read again", worker)
+        elif followed.ask is not None:
             followed.ask(FeedRequest("republish"))
+        else:  # nobody can be asked: do not read the same wrong set all the time
+            followed.load_after = self._clock() + _RELOADS_SKIPPED * self._times.reload
         followed.doubted = True
         return False
 

@@ -145,6 +145,7 @@ class RouterProcess:
             "Workers whose planted prefix this router cannot find",
             lambda: self._self_check.num_unfound,
         )
+        metrics.gauge("index_mismatches", "Digests that differed from the mirror's", lambda: mirror.counts.mismatches)
         metrics.gauge("published_prefixes", "Published prefixes", lambda: len(sharing.catalog))
         metrics.gauge("reserved", "Requests that hold a place at a worker", lambda: fleet.num_reserved)
         health = HealthService(lambda: fleet.ready, (INFERENCE, PREFIXES))
