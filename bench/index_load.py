@@ -13,8 +13,8 @@ from typing import Any
 
 DEPTH = 256
 CHAIN = 512
-ROUNDS = 7
-CALLS = 200
+ROUNDS = 40
+CALLS = 50
 
 
 @dataclass(frozen=True, slots=True)
