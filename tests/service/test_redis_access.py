@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import redis
+import redis.asyncio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -29,8 +30,12 @@ from kvstore.mirror import Mirror
 from kvstore.redis_index import RedisIndexWriter
 from kvstore.redis_url import why_no_answer
 from pando.settings import RouterSettings, WorkerSettings
+from router.prefix_catalog import PrefixCatalog
+from router.prefix_registry import PrefixRegistry
+from router.prefix_seal import PrefixSeal
 from router.process import SecretClaim
 from tests.conftest import redis_server_binary
+from tests.service.test_prefix_registry import nothing, record
 from tests.service.test_redis_index import CLUSTER, FAST, Life, until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +119,13 @@ async def test_each_user_can_do_its_part(server: Server) -> None:
         claim = SecretClaim(server.url("router"), CLUSTER, b"secret")
         await claim.start()
         await claim.stop()
+        client = redis.asyncio.Redis.from_url(server.url("router"))
+        registry = PrefixRegistry(client, CLUSTER, PrefixSeal(b"secret", CLUSTER), PrefixCatalog(), model="m")
+        await registry.start()
+        await registry.put(record(1), 60, nothing)
+        await registry.put(record(2), 60, nothing)
+        await registry.delete(record(1))
+        await registry.stop()
         life.keeper.release("w0", life.epoch)
         await until(lambda: not mirror.leases())
     finally:
