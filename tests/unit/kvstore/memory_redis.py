@@ -39,11 +39,11 @@ class MemoryRedis:
         for key in [key for key in self.data if key.endswith(":lease")]:
             del self.data[key]
 
-    def lose_entry(self, worker: str) -> None:
+    def lose_entry(self, worker: str, *, newest: bool = False) -> None:
         """One entry of a stream is gone, as if it had never been written."""
         stream = self.data.get(_key(worker, "events"))
         if stream:
-            del stream[self._rng.choice(list(stream))]
+            del stream[list(stream)[-1] if newest else self._rng.choice(list(stream))]
 
     def lose_bucket(self, worker: str) -> None:
         """A part of a current set is gone."""

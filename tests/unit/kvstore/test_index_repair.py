@@ -35,7 +35,7 @@ QUIET_ROUNDS = 4
 ACTS = (
     "store", "store", "store", "remove", "tier", "clear", "beat", "beat", "turn", "turn", "turn", "restart",
     "link up", "link down", "hear", "hear", "hear badly", "away", "back", "mute", "flush", "dump", "restore",
-    "expire", "lose entry", "lose entry", "lose bucket", "shuffle", "tick",
+    "expire", "lose entry", "say in vain", "lose bucket", "shuffle", "tick",
 )  # fmt: skip
 
 
@@ -110,6 +110,9 @@ class World:
         }  # fmt: skip
         if act in events:
             worker.publish(events[act])
+        elif act == "say in vain":
+            worker.publish(events["store"])
+            self.redis.lose_entry(name, newest=True)
         elif act == "turn":
             await self.turn()
         else:
