@@ -9,6 +9,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvstore.following import FeedRequest
+from kvstore.ledger import Position, SnapshotPart
 from kvstore.scope import Region, ScopeRoot
 from pando.worker.v1 import worker_pb2 as pb
 from router.tenants import NO_QUOTA, KvQuota
@@ -135,6 +137,23 @@ class WorkerLoad:
     prefill_tokens_per_s: float = 0.0
     step_ms: float = 0.0
     draining: bool = False
+
+
+def feed_message(request: FeedRequest) -> pb.RouterMessage:
+    """The message for what a mirror asks of a worker."""
+    match request.kind:
+        case "follow":
+            return pb.RouterMessage(follow=pb.Follow(seq=request.seq))
+        case "unfollow":
+            return pb.RouterMessage(unfollow=pb.Unfollow())
+        case "republish":
+            return pb.RouterMessage(republish=pb.Republish())
+
+
+def snapshot_part(part: pb.Snapshot) -> SnapshotPart:
+    """What a worker said of all that it holds."""
+    position = Position(part.seq, part.num_blocks, part.digest)
+    return SnapshotPart(position, part.tier, part.keys, part.first, part.last)
 
 
 def submit_message(sequences: Sequence[int], submission: Submission) -> pb.Submit:

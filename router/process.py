@@ -50,6 +50,7 @@ from router.prefix_catalog import PrefixCatalog
 from router.prefix_registry import PrefixRegistry
 from router.prefix_seal import PrefixSeal
 from router.prefixes_api import PrefixesService
+from router.self_check import SelfCheck
 from router.server import (
     INFERENCE,
     PREFIXES,
@@ -155,6 +156,12 @@ class RouterProcess:
             explain=partial(_explain, generation, authenticator, served),
         )
         _add_gauges(metrics, view)
+        metrics.gauge(
+            "planted_unfound",
+            "Workers whose planted prefix this router cannot find",
+            lambda: self._self_check.num_unfound,
+        )
+        metrics.gauge("index_mismatches", "Digests that differed from the mirror's", lambda: mirror.counts.mismatches)
         metrics.gauge("published_prefixes", "Published prefixes", lambda: len(sharing.catalog))
         metrics.gauge("reserved", "Answers that hold a place at a worker", lambda: fleet.num_reserved)
         health = HealthService(lambda: fleet.ready, (INFERENCE, PREFIXES))
@@ -182,7 +189,7 @@ class RouterProcess:
     async def _follow_fleet(self) -> tuple[MemoryIndex, Mirror, Fleet]:
         settings = self._settings
         index = MemoryIndex()
-        mirror = Mirror(settings.redis, settings.cluster, index)
+        mirror = Mirror(settings.redis_url, settings.cluster, index)
         fleet = Fleet(
             mirror,
             index,
@@ -190,8 +197,9 @@ class RouterProcess:
             model=settings.model,
             block_size=settings.block_size,
             policy=cast(Policy, settings.placement),
-            link_type=partial(WorkerLink, token=settings.link_token),
+            link_type=partial(WorkerLink, token=settings.link_token, following=mirror.following),
         )
+        mirror.following.on_read = self._self_check = SelfCheck(index, settings.block_size)
         await mirror.start()
         self._parts.push_async_callback(mirror.stop)
         await fleet.start()
@@ -202,7 +210,7 @@ class RouterProcess:
         self, fleet: Fleet, authenticator: Authenticator, secret: bytes, model: str
     ) -> PrefixSharing:
         settings = self._settings
-        client, seal = _redis_client(settings.redis), PrefixSeal(secret, settings.cluster)
+        client, seal = _redis_client(settings.redis_url), PrefixSeal(secret, settings.cluster)
         registry = PrefixRegistry(client, settings.cluster, seal, PrefixCatalog(), model=model)
         sharing = PrefixSharing(
             fleet, authenticator, registry, secret=secret, model=model, block_size=settings.block_size
@@ -213,7 +221,7 @@ class RouterProcess:
 
     async def _share_limits(self, secret: bytes) -> FleetLimits:
         settings = self._settings
-        client = _redis_client(settings.redis, timeout_s=TIMEOUT_S)
+        client = _redis_client(settings.redis_url, timeout_s=TIMEOUT_S)
         self._parts.push_async_callback(client.aclose)
         store = LimitStore(client, settings.cluster, secret, router=self._router_id, ttl_s=LEASE_TTL_S)
         limits = FleetLimits(store, clock=time.monotonic)
@@ -241,7 +249,7 @@ class RouterProcess:
         if not settings.cluster_secret:
             log.warning("no cluster secret is set: a random one is used, and no second router can join")
         secret = (settings.cluster_secret or secrets.token_hex(32)).encode()
-        claim = SecretClaim(settings.redis, settings.cluster, secret)
+        claim = SecretClaim(settings.redis_url, settings.cluster, secret)
         self._parts.push_async_callback(claim.stop)
         await claim.start()
         return secret

@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 
+from kvstore.block import WorkerId
+from kvstore.following import FeedRequest, Following
 from kvstore.scope import ScopeRoot
 from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
@@ -25,8 +27,10 @@ from router.link_messages import (
     Submission,
     WorkerHello,
     WorkerLoad,
+    feed_message,
     link_output,
     pin_message,
+    snapshot_part,
     submit_message,
     worker_load,
 )
@@ -95,7 +99,8 @@ class LinkStream:
 class WorkerLink:
     """Keeps a session with one life of a worker, for one event loop; reconnects with backoff until it is stopped.
 
-    `on_change` is called when the session comes up, breaks, or the worker reports its load.
+    `on_change` is called when the session comes up, breaks, or the worker reports its load. `following` is told of the
+    session, may ask over it for block events, and gets them.
     """
 
     def __init__(
@@ -107,6 +112,7 @@ class WorkerLink:
         token: str = "",
         on_change: Callable[[], None] = lambda: None,
         rng: random.Random | None = None,
+        following: Following | None = None,
     ) -> None:
         self.address = address
         self.live = False
@@ -117,6 +123,8 @@ class WorkerLink:
         self._expected = expected
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._on_change = on_change
+        self._following = following
+        self._worker = WorkerId(expected.worker)
         self._rng = rng or random.Random()
         self._sequences = itertools.count(1)
         self._streams: dict[int, LinkStream] = {}
@@ -233,6 +241,8 @@ class WorkerLink:
             raise _Stranger("another worker, epoch or key fingerprint answered")
         self.live = True
         self.reason = ""
+        if self._following is not None:
+            self._following.link_up(self._worker, self._expected.epoch, self._ask)
         self._on_change()
 
     async def _messages(self) -> AsyncIterator[pb.RouterMessage]:
@@ -254,6 +264,13 @@ class WorkerLink:
             self.load = worker_load(message.load)
             self.num_loads += 1
             self._on_change()
+        elif kind == "events" and self._following is not None:
+            self._following.take_feed(self._worker, self._expected.epoch, message.events.batches)
+        elif kind == "snapshot" and self._following is not None:
+            self._following.take_snapshot(self._worker, self._expected.epoch, snapshot_part(message.snapshot))
+
+    def _ask(self, request: FeedRequest) -> None:
+        self._outgoing.put_nowait(feed_message(request))
 
     def _deliver(self, output: pb.SequenceOutput) -> None:
         stream = self._streams.get(output.sequence)
@@ -270,6 +287,8 @@ class WorkerLink:
 
     def _lose_all(self) -> None:
         self.live = False
+        if self._following is not None:
+            self._following.link_down(self._worker, self._ask)
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream._lose()

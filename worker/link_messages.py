@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from kvstore.exchange import Export
+from kvstore.ledger import SnapshotPart
 from kvstore.quota import Quota
 from kvstore.scope import Region, ScopeRoot, check_regions
 from pando.errors import InvalidRequest
@@ -22,6 +23,7 @@ from worker.sequence import AdmissionFacts, Finish, Fork, SequenceOutput, Sequen
 from worker.session import Attempt, News
 
 ID_BYTES = 16
+MAX_EVENT_BYTES = 1024 * 1024
 
 _FINISH = {
     Finish.STOP: pb.FINISH_STOP,
@@ -166,10 +168,39 @@ def worker_messages(news: News) -> Iterator[pb.WorkerMessage]:
     if news.outputs:
         outputs = [_output_message(attempt, output) for attempt, output in news.outputs.items()]
         yield pb.WorkerMessage(step=pb.StepOutput(sequences=outputs))
-    if news.events:
-        yield pb.WorkerMessage(events=pb.Events(batches=news.events))
+    yield from _feed_messages(news.feed)
     if news.load is not None:
         yield pb.WorkerMessage(load=pb.Load(**asdict(news.load)))
+
+
+def _feed_messages(feed: Sequence[bytes | SnapshotPart]) -> Iterator[pb.WorkerMessage]:
+    """In order; batches that follow each other go together, up to a bounded size."""
+    batches: list[bytes] = []
+    size = 0
+    for told in feed:
+        if batches and (isinstance(told, SnapshotPart) or size + len(told) > MAX_EVENT_BYTES):
+            yield pb.WorkerMessage(events=pb.Events(batches=batches))
+            batches, size = [], 0
+        if isinstance(told, SnapshotPart):
+            yield pb.WorkerMessage(snapshot=_snapshot_message(told))
+        else:
+            batches.append(told)
+            size += len(told)
+    if batches:
+        yield pb.WorkerMessage(events=pb.Events(batches=batches))
+
+
+def _snapshot_message(part: SnapshotPart) -> pb.Snapshot:
+    at = part.position
+    return pb.Snapshot(
+        seq=at.seq,
+        num_blocks=at.num_blocks,
+        digest=at.digest,
+        tier=part.tier,
+        keys=part.keys,
+        first=part.is_first,
+        last=part.is_last,
+    )
 
 
 def _output_message(attempt: Attempt, output: SequenceOutput) -> pb.SequenceOutput:

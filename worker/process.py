@@ -20,6 +20,8 @@ from prometheus_client import start_http_server
 from kvstore.block_key import key_fingerprint
 from kvstore.block_pool import BlockPool
 from kvstore.lease import Fenced, Lease, LeaseKeeper, connect, take_epoch
+from kvstore.ledger import Ledger
+from kvstore.planted import planted_keys
 from kvstore.redis_index import RedisIndexWriter
 from kvstore.redis_url import why_no_answer
 from pando.errors import ConfigError
@@ -39,6 +41,10 @@ from worker.server import LinkServer, WorkerIdentity
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+REDIS_TIMEOUT_S = 0.05
+BULK_TIMEOUT_S = 1.0
+"""Of the small calls of every step and heartbeat, and of the calls that write a whole snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,7 @@ class WorkerProcess:
         self._publisher: Publisher | None = None
         self._metrics: WSGIServer | None = None
         self._redis: redis.Redis | None = None
+        self._bulk: redis.Redis | None = None
         self.failure = ""
         """Why it stopped by itself; empty otherwise."""
 
@@ -102,21 +109,22 @@ class WorkerProcess:
             if self._metrics is not None:
                 self._metrics.shutdown()
                 self._metrics.server_close()
-            if self._redis is not None:
-                self._redis.close()
+            for client in (self._redis, self._bulk):
+                if client is not None:
+                    client.close()
             if self._runner is not None:
                 self._runner.close()
             self._publisher = self._engine = self._loop = self._server = None
-            self._metrics = self._redis = self._runner = None
+            self._metrics = self._redis = self._bulk = self._runner = None
 
     def _start(self) -> WorkerReady:
         settings = self._settings
         check_settings(settings)
         check_link_token(settings.link_token, settings.host)
-        self._redis = _connect(settings)
+        self._bulk = _connect(settings)
         self._runner = _load_runner(settings)
         spec = self._runner.spec
-        epoch = _take_epoch(self._redis, settings)
+        epoch = _take_epoch(self._bulk, settings)
         pool = BlockPool(spec.num_blocks, spec.block_size, reuse=settings.prefix_cache == "on")
         metrics = StepMetrics(self._on_step, model=spec.name, worker=settings.worker_id)
         offload = _offload(self._runner, pool)
@@ -140,22 +148,25 @@ class WorkerProcess:
         self._server = self._loop.call(_make_server(self._engine, identity, settings.link_token, offload))
         self._engine.start()
         address = self._loop.call(self._server.start(settings.host, settings.worker_port))
-        if self._redis is not None:
+        if self._bulk is not None:
             lease = _lease(settings, identity, spec, limits, address)
-            self._publisher = self._publish(self._redis, lease)
+            self._publisher = self._server.publisher = self._publish(self._bulk, lease, spec)
         if settings.worker_metrics_port:
             self._metrics = _serve_metrics(settings, metrics)
         return WorkerReady(settings.worker_id, epoch, identity.pid, address)
 
-    def _publish(self, client: redis.Redis, lease: Lease) -> Publisher:
+    def _publish(self, bulk: redis.Redis, lease: Lease, spec: ModelSpec) -> Publisher:
         settings = self._settings
         capacity = lease.device_blocks + settings.cpu_blocks
+        ledger = Ledger(settings.worker_id, lease.epoch)
+        self._redis = client = connect(settings.redis_url, timeout_s=REDIS_TIMEOUT_S)
         publisher = Publisher(
-            RedisIndexWriter(client, settings.cluster, settings.worker_id, lease.epoch, capacity=capacity),
+            RedisIndexWriter(client, settings.cluster, ledger, capacity=capacity, bulk=bulk),
             LeaseKeeper(client, settings.cluster, ttl_s=settings.lease_ttl_s),
             lease,
             heartbeat_s=settings.heartbeat_s,
             on_fenced=self._on_fenced,
+            planted=planted_keys(spec.fingerprint, spec.block_size),
         )
         try:
             publisher.start()
@@ -214,10 +225,10 @@ def _connect(settings: WorkerSettings) -> redis.Redis | None:
     """A client of a Redis that answers; None where the settings name no Redis."""
     if not settings.redis:
         return None
-    timeout_s = min(1.0, settings.lease_ttl_s / 2)
-    if reason := why_no_answer(settings.redis, timeout_s):
+    timeout_s = min(BULK_TIMEOUT_S, settings.lease_ttl_s / 2)
+    if reason := why_no_answer(settings.redis_url, timeout_s):
         raise ConfigError(reason)
-    return connect(settings.redis, timeout_s=timeout_s)
+    return connect(settings.redis_url, timeout_s=timeout_s)
 
 
 def _take_epoch(client: redis.Redis | None, settings: WorkerSettings) -> int:

@@ -18,7 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from kvstore.events import Event, EventBatch, encode
+from kvstore.ledger import Told
 from pando.errors import ConfigError, InvalidRequest
 from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
@@ -27,6 +27,7 @@ from worker.engine import Engine, EngineStopped, Load, StepReport
 from worker.link_guard import LinkGuard
 from worker.link_messages import pin_request, pull_order, purge_roots, sequence_request, worker_messages
 from worker.offload import Offload
+from worker.publisher import Publisher
 from worker.sequence import Finish, SequenceOutput
 from worker.session import Attempt, RouterSession
 
@@ -97,7 +98,8 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
         self._none_left = asyncio.Event()
         self._none_left.set()
         self._ids = count(1)
-        self._seq = 0
+        self.publisher: Publisher | None = None
+        """Who tells routers of block events, once there is one."""
         self._load = Load(device_blocks=identity.device_blocks)
         self._draining = False
 
@@ -127,7 +129,7 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
 
     def deliver(self, report: StepReport) -> None:
         """Hand over what a step has to say: one wake-up of the loop."""
-        if report.outputs or report.events or report.load is not None:
+        if report.outputs or report.load is not None:
             self._loop.call_soon_threadsafe(self._deliver, report)
 
     @property
@@ -252,6 +254,8 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
                 self._engine.unpin(message.unpin.prefix.hex())
             case "ping":
                 session.add_pong(message.ping.nonce)
+            case "follow" | "unfollow" | "republish" as request if self.publisher is not None:
+                self._feed(session, request, message.follow.seq)
 
     def _submit(self, session: RouterSession, submit: pb.Submit) -> None:
         """Hand a Submit to the engine: one sequence, or several that have their prompt in common."""
@@ -291,9 +295,27 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
         except InvalidRequest:
             logger.warning("router %r sent a pin that makes no sense", session.router)
 
+    def _feed(self, session: RouterSession, request: str, seq: int) -> None:
+        assert self.publisher is not None
+        if request == "republish":
+            self.publisher.republish()
+            return
+        if session.listener is not None:
+            self.publisher.unfollow(session.listener)
+            session.listener = None
+        if request == "follow":
+
+            def hear(told: Told) -> None:
+                self._loop.call_soon_threadsafe(session.add_feed, told)
+
+            session.listener = hear
+            self.publisher.follow(hear, seq)
+
     def _close(self, session: RouterSession) -> None:
         """Its sequences are nobody's now: end them."""
         self._sessions.discard(session)
+        if session.listener is not None and self.publisher is not None:
+            self.publisher.unfollow(session.listener)
         for engine_id in session.engine_ids.values():
             self._forget(engine_id)
             self._cancel(engine_id)
@@ -315,22 +337,13 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
             if output.finish is not None:
                 del origin.session.engine_ids[origin.attempt.sequence]
                 self._forget(output.sequence_id)
-        if report.events:
-            self._feed(report.events)
         if report.load is not None and report.load != self._load:
             self._load = report.load
             for session in self._sessions:
                 session.set_load(report.load)
 
-    def _feed(self, events: list[Event]) -> None:
-        """Block events to every session, numbered as this feed counts them: not as the index in Redis does."""
-        self._seq += 1
-        payload = encode(EventBatch(self._identity.worker, self._identity.epoch, self._seq, events))
-        for session in self._sessions:
-            session.add_events(payload)
-
     def _hello(self) -> pb.WorkerHello:
-        return pb.WorkerHello(seq=self._seq, **asdict(self._identity))
+        return pb.WorkerHello(**asdict(self._identity))
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", SERVICE):

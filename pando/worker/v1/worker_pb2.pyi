@@ -25,20 +25,26 @@ FINISH_DEADLINE: Finish
 FINISH_REJECTED: Finish
 
 class RouterMessage(_message.Message):
-    __slots__ = ("hello", "submit", "cancel", "ping", "pin", "unpin")
+    __slots__ = ("hello", "submit", "cancel", "ping", "pin", "unpin", "follow", "unfollow", "republish")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     PIN_FIELD_NUMBER: _ClassVar[int]
     UNPIN_FIELD_NUMBER: _ClassVar[int]
+    FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    UNFOLLOW_FIELD_NUMBER: _ClassVar[int]
+    REPUBLISH_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     submit: Submit
     cancel: Cancel
     ping: Ping
     pin: Pin
     unpin: Unpin
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pin: _Optional[_Union[Pin, _Mapping]] = ..., unpin: _Optional[_Union[Unpin, _Mapping]] = ...) -> None: ...
+    follow: Follow
+    unfollow: Unfollow
+    republish: Republish
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pin: _Optional[_Union[Pin, _Mapping]] = ..., unpin: _Optional[_Union[Unpin, _Mapping]] = ..., follow: _Optional[_Union[Follow, _Mapping]] = ..., unfollow: _Optional[_Union[Unfollow, _Mapping]] = ..., republish: _Optional[_Union[Republish, _Mapping]] = ...) -> None: ...
 
 class RouterHello(_message.Message):
     __slots__ = ("router", "key_fingerprint", "epoch")
@@ -160,6 +166,20 @@ class Unpin(_message.Message):
     prefix: bytes
     def __init__(self, prefix: _Optional[bytes] = ...) -> None: ...
 
+class Follow(_message.Message):
+    __slots__ = ("seq",)
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    def __init__(self, seq: _Optional[int] = ...) -> None: ...
+
+class Unfollow(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Republish(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Cancel(_message.Message):
     __slots__ = ("sequence",)
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -173,21 +193,23 @@ class Ping(_message.Message):
     def __init__(self, nonce: _Optional[int] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "step", "events", "load", "pong")
+    __slots__ = ("hello", "step", "events", "load", "pong", "snapshot")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     step: StepOutput
     events: Events
     load: Load
     pong: Pong
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., events: _Optional[_Union[Events, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
+    snapshot: Snapshot
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., events: _Optional[_Union[Events, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., snapshot: _Optional[_Union[Snapshot, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker", "epoch", "model", "block_size", "key_fingerprint", "max_model_len", "vocab_size", "device_blocks", "pid", "seq")
+    __slots__ = ("worker", "epoch", "model", "block_size", "key_fingerprint", "max_model_len", "vocab_size", "device_blocks", "pid")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -197,7 +219,6 @@ class WorkerHello(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
-    SEQ_FIELD_NUMBER: _ClassVar[int]
     worker: str
     epoch: int
     model: str
@@ -207,8 +228,7 @@ class WorkerHello(_message.Message):
     vocab_size: int
     device_blocks: int
     pid: int
-    seq: int
-    def __init__(self, worker: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., block_size: _Optional[int] = ..., key_fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., device_blocks: _Optional[int] = ..., pid: _Optional[int] = ..., seq: _Optional[int] = ...) -> None: ...
+    def __init__(self, worker: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., block_size: _Optional[int] = ..., key_fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., device_blocks: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class Admission(_message.Message):
     __slots__ = ("cached_device_tokens", "cached_cpu_tokens", "cached_remote_tokens", "cached_published_tokens", "blocks_copied", "queue_ms")
@@ -257,6 +277,24 @@ class Events(_message.Message):
     BATCHES_FIELD_NUMBER: _ClassVar[int]
     batches: _containers.RepeatedScalarFieldContainer[bytes]
     def __init__(self, batches: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class Snapshot(_message.Message):
+    __slots__ = ("seq", "num_blocks", "digest", "tier", "keys", "first", "last")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    num_blocks: int
+    digest: int
+    tier: int
+    keys: bytes
+    first: bool
+    last: bool
+    def __init__(self, seq: _Optional[int] = ..., num_blocks: _Optional[int] = ..., digest: _Optional[int] = ..., tier: _Optional[int] = ..., keys: _Optional[bytes] = ..., first: _Optional[bool] = ..., last: _Optional[bool] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("running", "waiting", "queued_tokens", "free_blocks", "cached_blocks", "device_blocks", "prefill_tokens_per_s", "step_ms", "draining")
