@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PACKAGES := pando router worker kvstore kernels control bench
 
-.PHONY: help setup demo test check lint type proto gpu-test size clean
+.PHONY: help setup demo test check lint type proto gpu-test gpu-bench size clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -46,6 +46,9 @@ proto: setup ## write the gRPC stubs anew from proto/
 
 gpu-test: setup ## the GPU's own tests
 	$(BIN)/python -m pytest tests/gpu
+
+gpu-bench: setup ## time the kernels on the GPU, beside its own limits and torch
+	$(BIN)/python -m bench.kernels
 
 size: ## lines of each package
 	@for p in $(PACKAGES) tests; do printf '%-8s %6d\n' $$p $$(git ls-files "$$p/*.py" | grep -v _pb2 | xargs cat | wc -l); done

@@ -18,20 +18,21 @@ The cache is one allocation, `kv_cache[num_blocks, num_layers, 2, num_kv_heads, 
 `layer_kv = kv_cache[:, layer]` is a view of one layer, `[num_blocks, 2, num_kv_heads, block_size, head_dim]`.
 """
 
-from kernels.plan import AttentionPlan, plan_attention
-from kernels.reference import (
-    add_rms_norm,
-    attention,
-    copy_blocks,
-    head_rms_norm_,
-    merge_states,
-    rms_norm,
-    rotary_,
-    silu_mul,
-    sink_attention,
-    write_kv,
-)
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from kernels import plan as host_plan
+from kernels import reference
+from kernels.device_plan import DevicePlan
 from kernels.sampling import counter_uniform, sample
+from kernels.step import Ints
+
+AttentionPlan = host_plan.AttentionPlan | DevicePlan
 
 __all__ = [
     "AttentionPlan",
@@ -44,8 +45,140 @@ __all__ = [
     "plan_attention",
     "rms_norm",
     "rotary_",
+    "rotary_write_kv",
     "sample",
     "silu_mul",
     "sink_attention",
     "write_kv",
 ]
+
+
+@cache
+def _device_operations() -> ModuleType:
+    try:
+        from kernels import device
+    except ImportError:  # torch for CUDA without Triton
+        return reference
+    return device
+
+
+def _operations(tensor: torch.Tensor) -> ModuleType:
+    """What computes where the tensor is: Triton on CUDA, plain torch elsewhere."""
+    return _device_operations() if tensor.is_cuda else reference
+
+
+def plan_attention(
+    kv_cache: torch.Tensor,
+    query_lens: Sequence[int] | Ints,
+    context_lens: Sequence[int] | Ints,
+    block_tables: Ints,
+    *,
+    num_heads: int,
+    windows: Sequence[int | None] = (None,),
+    sinks: Mapping[int, int] | None = None,
+) -> AttentionPlan:
+    """Plan one step over `kv_cache`, of which only shape, dtype and device are used, for queries of `num_heads`.
+
+    Sequence i computes `query_lens[i]` >= 1 tokens, the last of its `context_lens[i]`; they are packed in order.
+    `block_tables[num_seqs, max_blocks]` holds the block ids that cover each context; entries past it, and those
+    between its sinks and its window, are not read. A window of W lets a position see itself and the W - 1 before it,
+    and with `sinks[W]` the first positions of the sequence too. Sequences whose tables begin with the same blocks may
+    have these read once for all. Raises ValueError if a table is too short or has a hole, a negative id, where it is
+    read.
+    """
+    made: AttentionPlan = _operations(kv_cache).plan_attention(
+        kv_cache, query_lens, context_lens, block_tables, num_heads=num_heads, windows=windows, sinks=sinks
+    )
+    return made
+
+
+def attention(
+    query: torch.Tensor, layer_kv: torch.Tensor, plan: AttentionPlan, *, scale: float, window: int | None = None
+) -> torch.Tensor:
+    """Causal attention of `query[num_tokens, num_heads, head_dim]` over the paged contexts of `plan`.
+
+    The step's own keys and values are in `layer_kv` already (see `write_kv`). `window` must be one of the plan's.
+    Scores are multiplied by `scale`. Returns `[num_tokens, num_heads, head_dim]`.
+    """
+    out: torch.Tensor = _operations(query).attention(query, layer_kv, plan, scale=scale, window=window)
+    return out
+
+
+def sink_attention(
+    query: torch.Tensor,
+    sink_query: torch.Tensor,
+    layer_kv: torch.Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    """`attention` over a window W and the S first positions of the plan's `sinks[W]`, which stay as they are cached.
+
+    `sink_query` is the query rotated for min(its position, S + W - 1): to it the sinks lie right before the window,
+    however far the sequence has come. What both see is merged by their softmax states.
+    """
+    operations = _operations(query)
+    out: torch.Tensor = operations.sink_attention(query, sink_query, layer_kv, plan, scale=scale, window=window)
+    return out
+
+
+def merge_states(parts: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """The softmax over several sets of keys from the softmax over each: `parts[num_parts, ..., head_dim]` are their
+    results, `states[num_parts, ...]` the logarithms of the sums of their exponentials, -inf (beside any finite part)
+    for an empty set. Returns `[..., head_dim]`, zero where all are empty."""
+    merged: torch.Tensor = _operations(parts).merge_states(parts, states)
+    return merged
+
+
+def write_kv(key_value: torch.Tensor, layer_kv: torch.Tensor, plan: AttentionPlan) -> None:
+    """Write the step's keys and values, `key_value[num_tokens, 2 * num_kv_heads, head_dim]` (keys, then values),
+    into the slots of `plan`. Keys are rotated already."""
+    _operations(key_value).write_kv(key_value, layer_kv, plan)
+
+
+def rotary_write_kv(
+    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer_kv: torch.Tensor, plan: AttentionPlan
+) -> None:
+    """`rotary_` of the queries in `heads[num_tokens, num_heads + 2 * num_kv_heads, head_dim]` (queries, keys, values),
+    in place, and `write_kv` of the keys, rotated too, and the values. The keys' own place is undefined after."""
+    _operations(heads).rotary_write_kv(heads, cos, sin, layer_kv, plan)
+
+
+def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+    """Copy blocks `sources[n]` to `targets[n]` (int64), all layers; all sources are read before a target is written."""
+    _operations(kv_cache).copy_blocks(kv_cache, sources, targets)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`x[num_tokens, n]` over the root of its mean square in the last dimension, times `weight[n]`."""
+    out: torch.Tensor = _operations(x).rms_norm(x, weight, eps)
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add `x` into `residual` (in place; both `[num_tokens, n]`); returns the norm of the sum, and the sum."""
+    out: tuple[torch.Tensor, torch.Tensor] = _operations(x).add_rms_norm(x, residual, weight, eps)
+    return out
+
+
+def head_rms_norm_(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """Norm each head of `x[num_tokens, heads, head_dim]` in place, with its own row of `weight[heads, head_dim]`."""
+    _operations(x).head_rms_norm_(x, weight, eps)
+
+
+def rotary_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotate `x[num_tokens, heads, head_dim]` in place; element i is paired with element i + head_dim / 2.
+
+    `cos` and `sin` are `[num_tokens, 1, 2, head_dim / 2]`, of x's dtype; `sin` has the sign of each half,
+    minus first.
+    """
+    _operations(x).rotary_(x, cos, sin)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` of `gate_up[num_tokens, 2 * n]` (gate, then up): `[num_tokens, n]`."""
+    out: torch.Tensor = _operations(gate_up).silu_mul(gate_up)
+    return out

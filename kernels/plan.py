@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels.step import Ints, Range, Step, checked_step
+
 # Bounds of one gather, in elements. Gathered KV should stay in the processor's cache until it is used; below the
 # small bound an operation's fixed cost outweighs any padding.
 LARGEST_GATHER = 1 << 19
 SMALL_GATHER = 1 << 16
 TILE_ROWS = 256
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,80 +97,28 @@ class AttentionPlan:
     workspace: torch.Tensor  # room for the largest gather: a fresh buffer in each layer would cost its page faults
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """The arguments of `plan_attention`, checked and in one place."""
-
-    query_starts: Ints  # [num_seqs], first of num_tokens
-    query_lens: Ints  # [num_seqs]
-    context_lens: Ints  # [num_seqs]
-    block_tables: Ints  # [num_seqs, max_blocks]
-    num_layers: int
-    num_kv_heads: int
-    block_size: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def heads(self) -> int:
-        return self.num_layers * 2 * self.num_kv_heads
-
-    @property
-    def kv_rows(self) -> Ints:
-        """Head rows of one layer within a block: [2, num_kv_heads]."""
-        return np.arange(2 * self.num_kv_heads).reshape(2, self.num_kv_heads)
-
-    def tensor(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
-
-
 def plan_attention(
     kv_cache: torch.Tensor,
     query_lens: Sequence[int] | Ints,
     context_lens: Sequence[int] | Ints,
     block_tables: Ints,
     *,
+    num_heads: int,
     windows: Sequence[int | None] = (None,),
     sinks: Mapping[int, int] | None = None,
 ) -> AttentionPlan:
-    """Plan one step over `kv_cache`, of which only shape, dtype and device are used.
-
-    Sequence i computes `query_lens[i]` >= 1 tokens, the last of its `context_lens[i]`; they are packed in order.
-    `block_tables[num_seqs, max_blocks]` holds the block ids that cover each context; entries past it, and those
-    between its sinks and its window, are not read. A window of W lets a position see itself and the W - 1 before it,
-    and with `sinks[W]` the first positions of the sequence too. Raises ValueError if a table is too short or has a
-    hole, a negative id, where it is read.
-    """
-    _, num_layers, _, num_kv_heads, block_size, head_dim = kv_cache.shape
-    lens = np.asarray(query_lens, dtype=np.int64)
-    contexts = np.asarray(context_lens, dtype=np.int64)
-    if (lens < 1).any() or (contexts < lens).any():
-        raise ValueError("a sequence computes at least one token and at most its context")
-    if contexts.size and int(contexts.max()) > block_tables.shape[1] * block_size:
-        raise ValueError("a block table does not cover its context")
-    step = _Step(
-        query_starts=np.cumsum(lens) - lens,
-        query_lens=lens,
-        context_lens=contexts,
-        block_tables=block_tables,
-        num_layers=num_layers,
-        num_kv_heads=num_kv_heads,
-        block_size=block_size,
-        head_dim=head_dim,
-        dtype=kv_cache.dtype,
-        device=kv_cache.device,
-    )
+    """As `kernels.plan_attention`; blocks that sequences share are gathered for each."""
+    step = checked_step(kv_cache, query_lens, context_lens, block_tables)
     slot_rows = step.tensor(_slot_rows(step))
     work, sink_work = _work(step, windows, sinks or {})
     parts = [part for of in sink_work.values() for part in (of.window, of.sinks)]
     most = max(of.largest_gather for of in (*work.values(), *parts))
-    workspace = torch.empty(most * block_size * head_dim, dtype=step.dtype, device=step.device)
-    return AttentionPlan(int(lens.sum()), slot_rows, work, sink_work, workspace)
+    workspace = torch.empty(most * step.block_size * step.head_dim, dtype=step.dtype, device=step.device)
+    return AttentionPlan(step.num_tokens, slot_rows, work, sink_work, workspace)
 
 
 def _work(
-    step: _Step, windows: Sequence[int | None], sinks: Mapping[int, int]
+    step: Step, windows: Sequence[int | None], sinks: Mapping[int, int]
 ) -> tuple[dict[int | None, WindowWork], dict[int, SinkWork]]:
     work: dict[int | None, WindowWork] = {}
     sink_work: dict[int, SinkWork] = {}
@@ -186,23 +134,16 @@ def _work(
     return work, sink_work
 
 
-def _slot_rows(step: _Step) -> Ints:
-    sequence = np.repeat(np.arange(len(step.query_lens)), step.query_lens)
-    offset = np.arange(len(sequence)) - step.query_starts[sequence]
-    position = (step.context_lens - step.query_lens)[sequence] + offset
-    block = step.block_tables[sequence, position // step.block_size].astype(np.int64)
-    if (block < 0).any():
-        raise ValueError("a block table has a hole where the step writes")
-    head_row = (block * step.heads)[:, None] + step.kv_rows.reshape(1, -1)
-    slot_rows: Ints = head_row * step.block_size + (position % step.block_size)[:, None]
+def _slot_rows(step: Step) -> Ints:
+    slots = step.slots()
+    head_row = (slots // step.block_size * step.heads)[:, None] + step.kv_rows.reshape(1, -1)
+    slot_rows: Ints = head_row * step.block_size + (slots % step.block_size)[:, None]
     return slot_rows.reshape(-1)
 
 
-def _window_work(step: _Step, members: Ints, window: int | None) -> WindowWork:
+def _window_work(step: Step, members: Ints, window: int | None) -> WindowWork:
     """The windows of these sequences."""
-    starts = step.context_lens - step.query_lens
-    first = np.maximum(starts - (window - 1), 0) if window is not None else np.zeros_like(starts)
-    seen = _Range(first, step.context_lens)
+    seen = step.seen(window)
     chunks = members[step.query_lens[members] > 1]
     return WindowWork(
         decode=_decode_groups(step, members, seen),
@@ -210,9 +151,9 @@ def _window_work(step: _Step, members: Ints, window: int | None) -> WindowWork:
     )
 
 
-def _sinks_work(step: _Step, members: Ints, window: int, sinks: int) -> WindowWork:
+def _sinks_work(step: Step, members: Ints, window: int, sinks: int) -> WindowWork:
     """The sinks of these sequences, all longer than the window, as far as they are before it."""
-    seen = _Range(np.zeros_like(step.context_lens), np.minimum(step.context_lens - window, sinks))
+    seen = step.seen_sinks(window, sinks)
     chunks = members[step.query_lens[members] > 1]
     return WindowWork(
         decode=_decode_groups(step, members, seen),
@@ -220,26 +161,13 @@ def _sinks_work(step: _Step, members: Ints, window: int, sinks: int) -> WindowWo
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Range:
-    """Positions [first, end) that the queries of each sequence see, all together."""
-
-    first: Ints  # [num_seqs]
-    end: Ints  # [num_seqs]
-
-    def blocks(self, size: int) -> Ints:
-        """How many blocks they are in: [num_seqs]."""
-        count: Ints = -(-self.end // size) - self.first // size
-        return count
-
-
-def _decode_groups(step: _Step, members: Ints, seen: _Range) -> tuple[DecodeGroup, ...]:
+def _decode_groups(step: Step, members: Ints, seen: Range) -> tuple[DecodeGroup, ...]:
     members = members[step.query_lens[members] == 1]
     buckets = _buckets(step, members, seen.blocks(step.block_size))
     return tuple(_decode_group(step, bucket, seen) for bucket in buckets)
 
 
-def _buckets(step: _Step, members: Ints, blocks: Ints) -> list[Ints]:
+def _buckets(step: Step, members: Ints, blocks: Ints) -> list[Ints]:
     """Split decoding sequences so that each group pads little and gathers no more than fits the cache."""
     if not len(members):
         return []
@@ -257,7 +185,7 @@ def _buckets(step: _Step, members: Ints, blocks: Ints) -> list[Ints]:
     return groups
 
 
-def _decode_group(step: _Step, members: Ints, seen: _Range) -> DecodeGroup:
+def _decode_group(step: Step, members: Ints, seen: Range) -> DecodeGroup:
     gather, live = _gather(step, members, seen)
     tokens = step.query_starts[members]
     contiguous = int(tokens[-1] - tokens[0]) == len(tokens) - 1
@@ -268,7 +196,7 @@ def _decode_group(step: _Step, members: Ints, seen: _Range) -> DecodeGroup:
     )
 
 
-def _prefill_chunk(step: _Step, member: int, seen: _Range, window: int | None) -> PrefillChunk:
+def _prefill_chunk(step: Step, member: int, seen: Range, window: int | None) -> PrefillChunk:
     gather, _ = _gather(step, np.array([member]), seen)
     count = int(step.query_lens[member])
     start = int(step.context_lens[member]) - count
@@ -286,7 +214,7 @@ def _prefill_chunk(step: _Step, member: int, seen: _Range, window: int | None) -
     return PrefillChunk(gather, tuple(tiles))
 
 
-def _sink_chunk(step: _Step, member: int, seen: _Range, window: int) -> PrefillChunk:
+def _sink_chunk(step: Step, member: int, seen: Range, window: int) -> PrefillChunk:
     """The queries that are past the window, and the sinks that are before theirs."""
     gather, _ = _gather(step, np.array([member]), seen)
     start = int(step.context_lens[member] - step.query_lens[member])
@@ -301,7 +229,7 @@ def _sink_chunk(step: _Step, member: int, seen: _Range, window: int) -> PrefillC
     return PrefillChunk(gather, tuple(tiles))
 
 
-def _causal_mask(step: _Step, rows: int, keys: slice, begin: int | None) -> torch.Tensor:
+def _causal_mask(step: Step, rows: int, keys: slice, begin: int | None) -> torch.Tensor:
     """[rows, keys]: the last `rows` of `keys` are the queries' own; the first query sees from `begin` on, each
     further one from one later."""
     width = keys.stop - keys.start
@@ -311,7 +239,7 @@ def _causal_mask(step: _Step, rows: int, keys: slice, begin: int | None) -> torc
     return hidden.triu(width - rows + 1).add_(hidden.tril_(begin - keys.start - 1))
 
 
-def _gather(step: _Step, members: Ints, seen: _Range) -> tuple[Gather, npt.NDArray[np.bool_]]:
+def _gather(step: Step, members: Ints, seen: Range) -> tuple[Gather, npt.NDArray[np.bool_]]:
     """The gather of what these sequences see, and which of its [num_rows, length] positions that is."""
     first, end = seen.first[members], seen.end[members]
     first_block = first // step.block_size
@@ -334,5 +262,5 @@ def _gather(step: _Step, members: Ints, seen: _Range) -> tuple[Gather, npt.NDArr
     return gather, live
 
 
-def _additive(step: _Step, seen: npt.NDArray[np.bool_]) -> torch.Tensor:
+def _additive(step: Step, seen: npt.NDArray[np.bool_]) -> torch.Tensor:
     return step.tensor(np.where(seen, np.float32(0), np.float32(-np.inf))).to(step.dtype)

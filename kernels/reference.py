@@ -9,7 +9,22 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.plan import AttentionPlan, Gather, WindowWork
+from kernels.plan import AttentionPlan, Gather, WindowWork, plan_attention
+
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "copy_blocks",
+    "head_rms_norm_",
+    "merge_states",
+    "plan_attention",
+    "rms_norm",
+    "rotary_",
+    "rotary_write_kv",
+    "silu_mul",
+    "sink_attention",
+    "write_kv",
+]
 
 # Bound of the scores held at once where they are computed in the open, in elements.
 MOST_SCORES = 1 << 24
@@ -23,11 +38,7 @@ def attention(
     scale: float,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Causal attention of `query[num_tokens, num_heads, head_dim]` over the paged contexts of `plan`.
-
-    The step's own keys and values are in `layer_kv` already (see `write_kv`). `window` must be one of the plan's.
-    Scores are multiplied by `scale`. Returns `[num_tokens, num_heads, head_dim]`.
-    """
+    """As `kernels.attention`."""
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     _attend(query, layer_kv, plan, plan.work[window], scale=scale, out=out)
     return out
@@ -42,11 +53,7 @@ def sink_attention(
     scale: float,
     window: int,
 ) -> torch.Tensor:
-    """`attention` over a window W and the S first positions of the plan's `sinks[W]`, which stay as they are cached.
-
-    `sink_query` is the query rotated for min(its position, S + W - 1): to it the sinks lie right before the window,
-    however far the sequence has come. What both see is merged by their softmax states.
-    """
+    """As `kernels.sink_attention`."""
     work = plan.sink_work.get(window)
     if work is None:
         return attention(query, layer_kv, plan, scale=scale, window=window)
@@ -60,9 +67,7 @@ def sink_attention(
 
 
 def merge_states(parts: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """The softmax over several sets of keys from the softmax over each: `parts[num_parts, ..., head_dim]` are their
-    results, `states[num_parts, ...]` the logarithms of the sums of their exponentials, -inf (beside any finite part)
-    for an empty set. Returns `[..., head_dim]`, zero where all are empty."""
+    """As `kernels.merge_states`."""
     largest = states.amax(0)
     weights = torch.exp(states - largest.masked_fill(largest == -torch.inf, 0))
     total = weights.sum(0).clamp_(min=torch.finfo(weights.dtype).tiny)
@@ -153,49 +158,53 @@ def _softmax_part(
 
 
 def write_kv(key_value: torch.Tensor, layer_kv: torch.Tensor, plan: AttentionPlan) -> None:
-    """Write the step's keys and values, `key_value[num_tokens, 2 * num_kv_heads, head_dim]` (keys, then values),
-    into the slots of `plan`. Keys are rotated already."""
+    """As `kernels.write_kv`."""
     head_dim = key_value.shape[2]
     rows = _rows(layer_kv, head_dim)
     rows.index_copy_(0, plan.slot_rows, key_value.reshape(-1, head_dim))
 
 
+def rotary_write_kv(
+    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer_kv: torch.Tensor, plan: AttentionPlan
+) -> None:
+    """As `kernels.rotary_write_kv`."""
+    num_kv_heads = layer_kv.shape[2]
+    rotary_(heads[:, :-num_kv_heads], cos, sin)
+    write_kv(heads[:, -2 * num_kv_heads :], layer_kv, plan)
+
+
 def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
-    """Copy blocks `sources[n]` to `targets[n]` (int64), all layers; all sources are read before a target is written."""
+    """As `kernels.copy_blocks`."""
     kv_cache.index_copy_(0, targets, kv_cache.index_select(0, sources))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`x[..., n]` over the root of its mean square in the last dimension, times `weight[n]`."""
+    """As `kernels.rms_norm`."""
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Add `x` into `residual` (in place; both `[num_tokens, n]`); returns the norm of the sum, and the sum."""
+    """As `kernels.add_rms_norm`."""
     residual.add_(x)
     return F.rms_norm(residual, weight.shape, weight, eps), residual
 
 
 def head_rms_norm_(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-    """Norm each head of `x[num_tokens, heads, head_dim]` in place, with its own row of `weight[heads, head_dim]`."""
+    """As `kernels.head_rms_norm_`."""
     x.copy_(F.rms_norm(x, x.shape[2:], None, eps)).mul_(weight)
 
 
 def rotary_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotate `x[num_tokens, heads, head_dim]` in place; element i is paired with element i + head_dim / 2.
-
-    `cos` and `sin` are `[num_tokens, 1, 2, head_dim / 2]`, of x's dtype; `sin` has the sign of each half,
-    minus first.
-    """
+    """As `kernels.rotary_`."""
     halves = x.view(*x.shape[:2], 2, -1)
     swapped = halves.flip(2)
     halves.mul_(cos).addcmul_(swapped, sin)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """`silu(gate) * up` of `gate_up[num_tokens, 2 * n]` (gate, then up): `[num_tokens, n]`."""
+    """As `kernels.silu_mul`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 

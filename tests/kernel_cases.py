@@ -6,6 +6,7 @@ Every position that a case must not read is NaN, in unused blocks and behind the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,12 @@ class Case:
     window: int | None = None
     shared_blocks: int = 0  # leading blocks that all sequences have in common
     sinks: int = 0
+    tree: tuple[int, ...] = ()  # leading blocks that each sequence has in common with the first one
+
+    @property
+    def shared(self) -> tuple[int, ...]:
+        """Leading blocks of each sequence that are those of the first one."""
+        return self.tree or (self.shared_blocks,) * len(self.query_lens)
 
     def __str__(self) -> str:
         return self.name
@@ -49,6 +56,8 @@ CASES = (
     Case("window of one", (1, 4), (9, 12), window=1),
     Case("window, several tiles", (530,), (540,), window=260, heads=(2, 1, 8)),
     Case("shared prefix", (1, 1, 5, 1), (70, 66, 69, 80), shared_blocks=8),
+    Case("shared prefixes in a tree", (1,) * 8, (70, 66, 39, 80, 41, 70, 17, 5), tree=(8, 8, 4, 8, 4, 6, 2, 0)),
+    Case("shared prefix, many heads", (1,) * 5, (70, 66, 65, 80, 130), heads=(24, 1, 16), shared_blocks=8),
     Case("sinks, decode", (1, 1, 1, 1, 1), (5, 21, 22, 30, 190), window=21, sinks=4),
     Case("sinks, decode of many", (1,) * 12, tuple(range(13, 400, 33)), window=16, sinks=16),
     Case("sinks, mixed batch", (1, 50, 6, 1, 9, 40), (200, 50, 77, 3, 9, 133), window=13, sinks=5),
@@ -88,24 +97,26 @@ class Problem:
             for position in range(length)
         }
 
-    def run(self) -> torch.Tensor:
-        """Write and attend with the kernels, in the cache's dtype on its device."""
+    def run(self, operations: Any = kernels, **options: Any) -> torch.Tensor:
+        """Write and attend with the kernels, in the cache's dtype on its device; `options` are for the plan."""
         layer_kv = self.kv_cache[:, self.layer]
         lens, contexts = self.case.query_lens, self.case.context_lens
         window, sinks = self.case.window, self.case.sinks
-        plan = kernels.plan_attention(
+        plan = operations.plan_attention(
             self.kv_cache,
             lens,
             contexts,
             self.block_tables,
+            num_heads=self.case.heads[0],
             windows=[window],
             sinks={window: sinks} if window is not None else None,
+            **options,
         )
-        kernels.write_kv(self.key_value, layer_kv, plan)
+        operations.write_kv(self.key_value, layer_kv, plan)
         scale = self.query.shape[2] ** -0.5
         if window is None or not sinks:
-            return kernels.attention(self.query, layer_kv, plan, scale=scale, window=window)
-        return kernels.sink_attention(self.query, self.sink_query, layer_kv, plan, scale=scale, window=window)
+            return operations.attention(self.query, layer_kv, plan, scale=scale, window=window)
+        return operations.sink_attention(self.query, self.sink_query, layer_kv, plan, scale=scale, window=window)
 
     def expected(self) -> torch.Tensor:
         """[num_tokens, num_heads, head_dim] in float64 on the CPU."""
@@ -139,14 +150,17 @@ def make_problem(case: Case, dtype: torch.dtype, device: str) -> Problem:
     def normal(*shape: int) -> torch.Tensor:
         return torch.from_numpy(rng.standard_normal(shape)).to(dtype)
 
-    common = normal(case.shared_blocks * case.block_size, 2, num_kv_heads, head_dim)
-    contexts, steps, taken = [], [], case.shared_blocks
+    longest = max(case.shared)
+    common = normal(longest * case.block_size, 2, num_kv_heads, head_dim)
+    contexts, steps, taken = [], [], longest
     for row, (count, length) in enumerate(zip(case.query_lens, case.context_lens, strict=True)):
-        own = widths[row] - case.shared_blocks
-        block_tables[row, : case.shared_blocks] = order[: case.shared_blocks]
-        block_tables[row, case.shared_blocks : widths[row]] = order[taken : taken + own]
+        shared = case.shared[row]
+        own = widths[row] - shared
+        block_tables[row, :shared] = order[:shared]
+        block_tables[row, shared : widths[row]] = order[taken : taken + own]
         taken += own
-        context = torch.cat((common, normal(length - len(common), 2, num_kv_heads, head_dim)))
+        before = common[: shared * case.block_size]
+        context = torch.cat((before, normal(length - len(before), 2, num_kv_heads, head_dim)))
         for position in range(length - count):
             block = block_tables[row, position // case.block_size]
             kv_cache[block, layer, :, :, position % case.block_size] = context[position]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pando.errors import ConfigError
 from pando.model_folder import resolve_model
 from pando.settings import WorkerSettings
 from worker import kv_cache, sampler
-from worker.batch import Batch, BlockCopy
+from worker.batch import Batch, BlockCopy, SamplingParams, ScheduledSequence
 from worker.checks import check_length
 from worker.cpu_tier import CpuTier
 from worker.models.config import ModelConfig, read_config, with_window
@@ -69,7 +70,20 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
     if settings.cpu_blocks:
         mover = CpuTier(cache.blocks, settings.cpu_blocks, cpu_dtype=settings.cpu_kv_dtype)
     log.info("loaded %s on %s as %s with %d KV blocks", config.architecture, device, dtype, cache.num_blocks)
-    return ModelRunner(decoder, cache, spec, mover)
+    runner = ModelRunner(decoder, cache, spec, mover)
+    if device.type == "cuda":
+        _warm_up(runner)
+    return runner
+
+
+def _warm_up(runner: ModelRunner) -> None:
+    """Have every kernel built before the first request: a long chunk, a short one, a decode. Nobody finds what they
+    leave in the first blocks."""
+    room = runner.spec.num_blocks * runner.spec.block_size
+    for count in (min(64, room), min(2, room), 1):
+        blocks = tuple(range(-(-count // runner.spec.block_size)))
+        tokens = array("I", [0] * count)
+        runner.execute(Batch((ScheduledSequence(0, tokens, 0, blocks, SamplingParams()),)))
 
 
 class ModelRunner:
@@ -137,6 +151,7 @@ class ModelRunner:
             inputs.query_lens,
             inputs.context_lens,
             inputs.block_tables,
+            num_heads=self.decoder.config.num_heads,
             windows=self._windows,
             sinks=self._sinks,
         )

@@ -30,12 +30,20 @@ def functions(path: Path) -> Iterator[Function]:
             yield node
 
 
+def is_kernel(function: Function) -> bool:
+    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
+
+
 def length(function: Function) -> int:
-    return (function.end_lineno or function.lineno) - function.lineno + 1
+    """Lines, of a kernel those of its body."""
+    first = function.body[0].lineno if is_kernel(function) else function.lineno
+    return (function.end_lineno or first) - first + 1
 
 
 def parameters(function: Function) -> int:
-    """Parameters a caller must think of: keyword-only ones with a default do not count."""
+    """Parameters a caller must think of: keyword-only ones with a default do not count, nor do a kernel's."""
+    if is_kernel(function):
+        return 0
     names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
     required = sum(default is None for default in function.args.kw_defaults)
     return len([name for name in names if name not in ("self", "cls")]) + required

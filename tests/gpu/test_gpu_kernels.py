@@ -1,14 +1,41 @@
-"""The kernels' case table on CUDA."""
+"""The kernels on CUDA: the case table, real sizes, and the small operations beside plain torch."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 import kernels
-from tests.kernel_cases import CASES, Case, make_problem
+from kernels import device, reference
+from kernels.configs import DecodeConfig, Tuning, WideConfig
+from tests.kernel_cases import CASES, Case, leave_window, make_problem
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
+# Many pieces, and what is shared is read once whatever it costs.
+EAGER = Tuning(
+    DecodeConfig(tile=32, shortest=32),
+    *[WideConfig(rows=64, tile=32, num_warps=4, num_stages=2, shortest=64)] * 2,
+    share=True,
+)
+REAL = (
+    Case("8B heads, decode", (1,) * 6, (3000, 17, 640, 1, 1500, 1024), heads=(32, 8, 128), block_size=16),
+    Case("8B heads, chunk", (130, 1, 70), (2000, 333, 70), heads=(32, 8, 128), block_size=16),
+    Case("one key head", (1, 1, 40, 1), (900, 16, 300, 700), heads=(8, 1, 128), block_size=32, shared_blocks=0),
+    Case(
+        "8B heads, shared", (1,) * 20, (1100,) * 10 + (1300,) * 10, heads=(32, 8, 128), block_size=16, shared_blocks=64
+    ),
+    Case("heads of 64, window", (1, 200, 1), (1500, 900, 90), heads=(14, 2, 64), block_size=16, window=256, sinks=4),
+    Case("heads of 256", (1, 60), (400, 300), heads=(8, 4, 256), block_size=16),
+)
+
+
+def check(case: Case, dtype: torch.dtype, **options: object) -> None:
+    problem = make_problem(case, dtype, "cuda")
+    leave_window(problem)
+    result = problem.run(device, **options).cpu().double()
+    torch.testing.assert_close(result, problem.expected(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -17,6 +44,79 @@ def test_attention(case: Case, dtype: torch.dtype) -> None:
     problem = make_problem(case, dtype, "cuda")
     result = problem.run().cpu().double()
     torch.testing.assert_close(result, problem.expected(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_in_many_pieces(case: Case) -> None:
+    check(case, torch.float16, tuned=EAGER)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", REAL, ids=str)
+def test_attention_of_real_size(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("case", [case for case in (*CASES, *REAL) if max(case.shared)], ids=str)
+def test_sharing_changes_nothing(case: Case) -> None:
+    check(
+        case, torch.bfloat16, tuned=replace(EAGER, wide=WideConfig(), many=WideConfig(rows=128), decode=DecodeConfig())
+    )
+    check(case, torch.bfloat16, tuned=replace(EAGER, share=False))
+
+
+def test_a_plan_is_used_again_by_every_layer() -> None:
+    case = Case("many pieces", (1,) * 4, (700, 500, 30, 900), heads=(8, 2, 64))
+    problem = make_problem(case, torch.bfloat16, "cuda")
+    first = problem.run(device, tuned=EAGER)
+    layer_kv, lens = problem.kv_cache[:, problem.layer], case.query_lens
+    plan = device.plan_attention(
+        problem.kv_cache, lens, case.context_lens, problem.block_tables, num_heads=8, tuned=EAGER
+    )
+    for _ in range(50):
+        again = device.attention(problem.query, layer_kv, plan, scale=64**-0.5)
+        assert torch.equal(again, first)
+    assert not plan.counters.any()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_small_operations(dtype: torch.dtype) -> None:
+    def near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+        torch.testing.assert_close(ours, theirs, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+    torch.manual_seed(3)
+    x, residual = (torch.randn(37, 4096, device="cuda").to(dtype) for _ in range(2))
+    weight = torch.randn(4096, device="cuda").to(dtype)
+    near(kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    ours, theirs = (ops.add_rms_norm(x, residual.clone(), weight, 1e-5) for ops in (device, reference))
+    near(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+    near(kernels.silu_mul(x), reference.silu_mul(x))
+    heads = torch.randn(37, 48, 128, device="cuda").to(dtype)
+    weights = torch.randn(40, 128, device="cuda").to(dtype)
+    copies = heads.clone(), heads.clone()
+    device.head_rms_norm_(copies[0][:, :40], weights, 1e-5)
+    reference.head_rms_norm_(copies[1][:, :40], weights, 1e-5)
+    near(*copies)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_rotated_keys_are_written(dtype: torch.dtype) -> None:
+    case = Case("written", (1, 5, 1), (10, 20, 64), heads=(32, 8, 128))
+    angle = torch.randn(7, 1, 1, 64, device="cuda")
+    sign = torch.tensor([-1.0, 1.0], device="cuda").view(1, 1, 2, 1)
+    cos, sin = angle.cos().expand(-1, -1, 2, -1).to(dtype), (angle.sin() * sign).to(dtype)
+    found = []
+    for operations in (device, reference):
+        problem = make_problem(case, dtype, "cuda")
+        torch.manual_seed(4)
+        heads = torch.randn(7, 48, 128, device="cuda").to(dtype)
+        arguments = (problem.kv_cache, case.query_lens, case.context_lens, problem.block_tables)
+        plan = operations.plan_attention(*arguments, num_heads=32)
+        operations.rotary_write_kv(heads, cos, sin, problem.kv_cache[:, problem.layer], plan)
+        found.append((heads[:, :32], problem.kv_cache))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True)
 
 
 def test_draws_are_those_of_the_cpu() -> None:

@@ -38,8 +38,7 @@ class Attention:
             kernels.head_rms_norm_(query_key, self.qk_norm, self.norm_eps)
         query = heads[:, : self.num_heads]
         turned_for_sinks = self._turned(query, angles.sink)
-        kernels.rotary_(query_key, angles.cos, angles.sin)
-        kernels.write_kv(heads[:, self.num_heads :], layer_kv, plan)
+        kernels.rotary_write_kv(heads, angles.cos, angles.sin, layer_kv, plan)
         scale = self.head_dim**-0.5
         if turned_for_sinks is None or self.window is None:
             mixed = kernels.attention(query, layer_kv, plan, scale=scale, window=self.window)

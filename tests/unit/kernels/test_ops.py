@@ -1,11 +1,20 @@
-"""The small operations against their definitions."""
+"""The small operations against their definitions, in plain torch and in Triton's interpreter."""
 
 from __future__ import annotations
 
+from types import ModuleType
+
+import numpy as np
 import pytest
 import torch
 
 import kernels
+from kernels import device, reference
+
+
+@pytest.fixture(params=[reference, device], ids=["torch", "triton"])
+def operations(request: pytest.FixtureRequest) -> ModuleType:
+    return request.param
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -16,23 +25,23 @@ def normed(x: torch.Tensor, eps: float) -> torch.Tensor:
     return x / (x.double().pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
 
-def test_rms_norm() -> None:
+def test_rms_norm(operations: ModuleType) -> None:
     x, weight = normal(5, 24), normal(24)
-    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-3).double(), normed(x, 1e-3) * weight)
+    torch.testing.assert_close(operations.rms_norm(x, weight, 1e-3).double(), normed(x, 1e-3) * weight)
 
 
-def test_add_rms_norm_returns_the_sum_too() -> None:
+def test_add_rms_norm_returns_the_sum_too(operations: ModuleType) -> None:
     x, residual, weight = normal(5, 24), normal(5, 24) + 1, normal(24)
     total = x + residual
-    result, stream = kernels.add_rms_norm(x, residual, weight, 1e-5)
+    result, stream = operations.add_rms_norm(x, residual, weight, 1e-5)
     torch.testing.assert_close(stream, total)
     torch.testing.assert_close(result.double(), normed(total, 1e-5) * weight)
 
 
-def test_head_rms_norm_has_a_weight_for_each_head() -> None:
+def test_head_rms_norm_has_a_weight_for_each_head(operations: ModuleType) -> None:
     whole, weight = normal(5, 6, 8), normal(4, 8)
     x = whole.clone()
-    kernels.head_rms_norm_(x[:, :4], weight, 1e-5)
+    operations.head_rms_norm_(x[:, :4], weight, 1e-5)
     torch.testing.assert_close(x[:, :4].double(), normed(whole[:, :4], 1e-5) * weight)
     assert torch.equal(x[:, 4:], whole[:, 4:])
 
@@ -50,10 +59,25 @@ def test_rotary_turns_pairs_half_a_head_apart() -> None:
     assert torch.equal(x[:, 3], whole[:, 3])
 
 
-def test_silu_mul() -> None:
+def test_rotated_keys_are_written(operations: ModuleType) -> None:
+    whole, angle = normal(3, 8, 8), normal(3, 1, 1, 4)  # 4 query heads, 2 key heads
+    cos = angle.cos().expand(-1, 1, 2, -1)
+    sin = angle.sin() * torch.tensor([-1.0, 1.0]).view(1, 1, 2, 1)
+    turned, heads = whole.clone(), whole.clone()
+    reference.rotary_(turned[:, :6], cos, sin)
+    cache = torch.zeros(3, 1, 2, 2, 2, 8)
+    plan = operations.plan_attention(cache, [2, 1], [2, 3], np.array([[1, -1], [-1, 2]]), num_heads=4, windows=[1])
+    operations.rotary_write_kv(heads, cos, sin, cache[:, 0], plan)
+    torch.testing.assert_close(heads[:, :4], turned[:, :4])
+    written = torch.stack((cache[1, 0, :, :, 0], cache[1, 0, :, :, 1], cache[2, 0, :, :, 0]))
+    torch.testing.assert_close(written.flatten(1, 2), turned[:, 4:])
+    assert not cache[0].any()
+
+
+def test_silu_mul(operations: ModuleType) -> None:
     gate_up = normal(4, 12)
     gate, up = gate_up[:, :6], gate_up[:, 6:]
-    torch.testing.assert_close(kernels.silu_mul(gate_up), gate * gate.sigmoid() * up)
+    torch.testing.assert_close(operations.silu_mul(gate_up), gate * gate.sigmoid() * up)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,65 @@
+"""The checked-in table of kernel configurations, and what a processor does in a microsecond: chosen by measurement.
+
+Knows sizes only. Invariant: a configuration changes how fast a result is there, and its rounding; nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """Keys a step of the loop takes, the fewest keys worth a program of their own, and for how many of its programs a
+    multiprocessor has room."""
+
+    tile: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+    shortest: int = 64
+    resident: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class WideConfig:
+    """Query rows of a program, keys a step of its loop takes, and the fewest keys worth a program of their own."""
+
+    rows: int = 64
+    tile: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+    shortest: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """What decides whether a shared prefix is read once or by each of its queries."""
+
+    multiprocessors: int = 132
+    memory_bytes: float = 2.9e6  # read in a microsecond
+    cache_bytes: float = 5.5e6  # read in a microsecond where they fit `cache_size`
+    cache_size: int = 30 << 20
+    operations: float = 2.5e8  # of matrix products in a microsecond, as attention reaches
+    launch: float = 12.0  # microseconds that sharing costs a layer at least: two launches more, and waiting for both
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    decode: DecodeConfig = DecodeConfig()
+    wide: WideConfig = WideConfig()
+    many: WideConfig = WideConfig(rows=128)  # where there is work for twice as many programs; of the same tile
+    processor: Processor = Processor()
+    share: bool | None = None  # whether shared prefixes are read once; None: where it pays
+
+
+def tuning(head_dim: int, itemsize: int, processor: Processor | None = None) -> Tuning:
+    """The configuration for heads of `head_dim` elements of `itemsize` bytes."""
+    processor = processor or Processor()
+    if itemsize == 4:  # no matrix unit computes it exactly
+        small = max(16, 32 * 128 // max(head_dim, 128))
+        wide = WideConfig(64, small, 4, 1)
+        return Tuning(DecodeConfig(tile=small, num_stages=2), wide, wide, processor)
+    if head_dim > 128:
+        wide = WideConfig(64, 64, 4, 2)
+        return Tuning(DecodeConfig(tile=32), wide, wide, processor)
+    return Tuning(processor=processor)

@@ -1,0 +1,151 @@
+"""Attention of one query token over a range of its keys, for all ranges of all decoding sequences in one launch.
+
+The last range of a token to finish merges all of them. Invariant: every counter is zero again when the launch ends.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.jit.softmax import accumulate, finished, load_rows, merged
+
+
+@triton.jit(do_not_specialize=["table_stride"])  # it changes from step to step: one build for all
+def decode_kernel(
+    out,  # [num_tokens, num_heads, head_dim]
+    query,  # [num_tokens, num_heads, head_dim], rows query_stride apart
+    sink_query,  # the same: scores the items that ask for it
+    layer_kv,  # [num_blocks, 2, num_kv_heads, block_size, head_dim], blocks block_stride apart
+    tables,  # [num_seqs, max_blocks] int32, rows table_stride apart
+    items,  # [num_items, 8] int32
+    part_slots,  # int32: which parts belong to a token
+    parts,  # [num_slots, num_heads, head_dim] float32
+    states,  # [num_slots, num_heads] float32
+    counters,  # [num_tokens, num_kv_heads] int32, zero
+    scale,
+    query_stride,
+    sink_stride,
+    block_stride,
+    table_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
+    MERGE_STEP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    head = tl.program_id(0)
+    item = items + tl.program_id(1) * 8
+    token = tl.load(item).to(tl.int64)
+    table = tables + tl.load(item + 1).to(tl.int64) * table_stride
+    start, end = tl.load(item + 2), tl.load(item + 3)
+    slot, for_sinks = tl.load(item + 4).to(tl.int64), tl.load(item + 5)
+    first_part, num_parts = tl.load(item + 6), tl.load(item + 7)
+
+    rows = tl.arange(0, ROWS)
+    row_heads = head * GROUP + rows
+    live_row = rows < GROUP
+    if HAS_SINKS:
+        near, far = rows < GROUP * (1 - for_sinks), rows < GROUP * for_sinks
+        rows_of = load_rows(query + token * query_stride, row_heads * HEAD_DIM, near, HEAD_DIM, DIM, True)
+        rows_of += load_rows(sink_query + token * sink_stride, row_heads * HEAD_DIM, far, HEAD_DIM, DIM, True)
+    else:
+        rows_of = load_rows(query + token * query_stride, row_heads * HEAD_DIM, live_row, HEAD_DIM, DIM, True)
+
+    keys_of = layer_kv + head * (BLOCK_SIZE * HEAD_DIM)
+    values_of = keys_of + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
+    accumulator = tl.zeros([ROWS, DIM], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    largest = tl.full([ROWS], -float("inf"), tl.float32)
+    # Block numbers are loaded one step ahead, so that copies of keys and values may run several steps ahead.
+    ahead = start + tl.arange(0, TILE)
+    blocks = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
+    for position in range(start, end, TILE):
+        positions = position + tl.arange(0, TILE)
+        live = positions < end
+        offsets = blocks.to(tl.int64) * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
+        ahead = positions + TILE
+        blocks = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
+        keys = load_rows(keys_of, offsets, live, HEAD_DIM, DIM, True)
+        values = load_rows(values_of, offsets, live, HEAD_DIM, DIM, True)
+        scores = tl.dot(rows_of, tl.trans(keys), input_precision="tf32x3")
+        scores = tl.where(live[None, :], scores, -float("inf"))
+        accumulator, total, largest = accumulate(scores, scale, values, accumulator, total, largest, False)
+    result, state = finished(accumulator, total, largest)
+
+    dims = tl.arange(0, DIM)
+    mask = live_row[:, None] & (dims < HEAD_DIM)[None, :]
+    if num_parts == 1:
+        at = (token * NUM_KV_HEADS * GROUP + row_heads)[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
+    else:
+        state_at = slot * NUM_KV_HEADS * GROUP + row_heads
+        tl.store(parts + state_at[:, None] * HEAD_DIM + dims[None, :], result, mask=mask)
+        tl.store(states + state_at, state, mask=live_row)
+        if num_parts > 1:
+            merge_if_last(
+                out, part_slots + first_part, parts, states, counters, token, num_parts, head,
+                NUM_KV_HEADS, GROUP, MERGE_ROWS, MERGE_STEP, HEAD_DIM, DIM,
+            )  # fmt: skip
+
+
+@triton.jit
+def merge_if_last(
+    out,
+    part_slots,
+    parts,
+    states,
+    counters,
+    token,
+    num_parts,
+    head,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Count this part in; the last one of its token and group merges them all and sets the counter back."""
+    tl.debug_barrier()  # all of this program's stores come before its count
+    counter = counters + token * NUM_KV_HEADS + head
+    if tl.atomic_add(counter, 1, sem="acq_rel") == num_parts - 1:
+        num_heads: tl.constexpr = NUM_KV_HEADS * GROUP
+        result = merged(parts, states, part_slots, num_parts, head, num_heads, GROUP, ROWS, HEAD_DIM, DIM, STEP)
+        rows = tl.arange(0, ROWS)
+        dims = tl.arange(0, DIM)
+        at = (token * num_heads + head * GROUP + rows)[:, None] * HEAD_DIM + dims[None, :]
+        mask = (rows < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+        tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
+        tl.store(counter, 0)
+
+
+@triton.jit
+def merge_kernel(
+    out,
+    part_slots,
+    parts,
+    states,
+    merges,  # [num_merges, 3] int32: token, where its part slots begin, how many
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Merge the parts of tokens whose decode items leave it to this launch, or that have none."""
+    head = tl.program_id(0)
+    merge = merges + tl.program_id(1) * 3
+    token = tl.load(merge).to(tl.int64)
+    slots = part_slots + tl.load(merge + 1)
+    num_heads: tl.constexpr = NUM_KV_HEADS * GROUP
+    result = merged(parts, states, slots, tl.load(merge + 2), head, num_heads, GROUP, ROWS, HEAD_DIM, DIM, STEP)
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM)
+    at = (token * num_heads + head * GROUP + rows)[:, None] * HEAD_DIM + dims[None, :]
+    mask = (rows < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)

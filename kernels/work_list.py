@@ -1,0 +1,248 @@
+"""The Triton kernels' work of one step, planned on the host from lengths and block tables, used by every layer.
+
+Knows numbers only. Invariant: the items of a token cover what it sees exactly once, and where a token has several, its
+part slots name each of them once. A part slot is room for a result of one token that is not complete.
+
+A decode item is 8 numbers:   token, table row, start, end, slot, scores sinks, first of the part slots, how many:
+                              1 is all of the token, 0 leaves merging to another launch
+A wide item is 12 numbers:    first and count of `tokens`, table row, start, end of the keys that all rows see (full
+                              tiles), end, slot of the first token or -1, most and fewest positions a key may be
+                              before a row's own, scores sinks, and for the host: number of the tile, is a node
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kernels.configs import Tuning
+from kernels.prefix_tree import Node, Shape, shared_nodes
+from kernels.step import Ints, Step
+
+FAR = 1 << 30
+PART_KEYS = 90  # to write and read a part takes about as long as so many more keys
+PIECE_KEYS = 64  # the same of what a decode item costs however short it is
+SIZES_TRIED = 48
+FIRST, COUNT, SEQUENCE, START, FULL, END, SLOT, MOST, FEWEST, SINKS, TILE, NODE = range(12)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkList:
+    """All attention of a step for layers with one window."""
+
+    decode: Ints  # [num_items, 8]
+    wide: Ints  # [num_items, 12]
+    tokens: Ints  # those of wide items
+    part_slots: Ints
+    merges: Ints  # [num_merges, 3]: token that wide items leave parts of, first of its part slots, how many
+    num_slots: int
+    rows: int  # of a wide item: room for num_heads // num_kv_heads of each token
+
+
+def work_list(step: Step, num_heads: int, window: int | None, sinks: int, tuning: Tuning) -> WorkList:
+    """Plan layers with this window. Raises ValueError where a table has a hole that is read."""
+    _check_holes(step, window, sinks)
+    group = num_heads // step.num_kv_heads
+    members = np.flatnonzero(step.query_lens == 1)
+    nodes = _nodes(step, members, num_heads, tuning) if window is None and tuning.share is not False else []
+    rows = _rows(step, nodes, group, tuning)
+    prompts = [_prompt(step, int(i), window, sinks, rows // group) for i in np.flatnonzero(step.query_lens > 1)]
+    spans, tokens = _with_nodes(step, prompts, nodes, members, rows // group)
+    wide = _wide_pieces(spans, step.num_kv_heads, tuning)
+    wide_tokens, wide_slots = _filled(wide, tokens)
+    decode = _decode_pieces(step, members, _covered(step, nodes, members), (window, sinks), tuning)
+    return _assembled(decode, (wide, tokens, rows), (wide_tokens, wide_slots))
+
+
+def _check_holes(step: Step, window: int | None, sinks: int) -> None:
+    column, seen, holes = np.arange(step.block_tables.shape[1])[None, :], step.seen(window), step.block_tables < 0
+    read = column < -(-seen.end // step.block_size)[:, None]
+    if window is not None:
+        read &= column >= (seen.first // step.block_size)[:, None]
+        read |= column < -(-step.seen_sinks(window, sinks).end // step.block_size)[:, None]
+    if (holes & read).any():
+        raise ValueError("a block table has a hole where it is read")
+
+
+def _nodes(step: Step, members: Ints, num_heads: int, tuning: Tuning) -> list[Node]:
+    """What decoding sequences share. The block that a token is written to is its own."""
+    shape = Shape(num_heads, step.num_kv_heads, step.head_dim, step.block_size, step.dtype.itemsize)
+    lengths = (step.context_lens[members] - 1) // step.block_size
+    tables = step.block_tables if len(members) == len(step.block_tables) else step.block_tables[members]
+    return shared_nodes(tables, lengths, shape, tuning)
+
+
+def _rows(step: Step, nodes: list[Node], group: int, tuning: Tuning) -> int:
+    """Wider tiles read keys less often, where there are enough of them for every processor to have two."""
+    many = tuning.many.rows // max(group, 1)
+    prompts = step.query_lens[step.query_lens > 1]
+    tiles = int((-(-prompts // max(many, 1))).sum()) + sum(-(-len(node.rows) // max(many, 1)) for node in nodes)
+    enough = tiles * step.num_kv_heads >= 2 * tuning.processor.multiprocessors
+    return int(max(tuning.many.rows if enough else tuning.wide.rows, 1 << (group - 1).bit_length()))
+
+
+def _prompt(step: Step, sequence: int, window: int | None, sinks: int, tile_tokens: int) -> Ints:
+    """What the queries of a sequence that computes several tokens see, a tile of them at a time: wide items."""
+    count = int(step.query_lens[sequence])
+    begin = np.arange(0, count, tile_tokens)
+    spans = np.zeros((len(begin), 12), dtype=np.int64)
+    spans[:, FIRST] = step.query_starts[sequence] + begin
+    spans[:, COUNT] = np.minimum(tile_tokens, count - begin)
+    spans[:, SEQUENCE] = sequence
+    first = int(step.context_lens[sequence]) - count + begin  # position of a tile's first query
+    spans[:, END] = first + spans[:, COUNT]
+    spans[:, TILE] = np.arange(len(begin))
+    spans[:, MOST] = FAR
+    if window is None:
+        spans[:, FULL] = first + 1
+        return spans
+    spans[:, START] = spans[:, FULL] = np.maximum(0, first - window + 1)
+    spans[:, MOST] = window - 1
+    far = spans.copy()
+    far[:, START] = far[:, FULL] = 0
+    far[:, END] = np.minimum(sinks, spans[:, END] - window)
+    far[:, MOST], far[:, FEWEST], far[:, SINKS] = FAR, window, 1
+    return np.concatenate((spans, far[far[:, END] > 0]))
+
+
+def _with_nodes(
+    step: Step, prompts: list[Ints], nodes: list[Node], members: Ints, tile_tokens: int
+) -> tuple[Ints, Ints]:
+    """All wide items, uncut, and the tokens they name."""
+    spans, tokens, known = [np.zeros((0, 12), dtype=np.int64)], [np.arange(step.num_tokens)], step.num_tokens
+    tiles = 0
+    for prompt in prompts:
+        prompt[:, TILE] += tiles
+        tiles = int(prompt[:, TILE].max()) + 1
+        spans.append(prompt)
+    for node in nodes:
+        begin = np.arange(0, len(node.rows), tile_tokens)
+        made = np.zeros((len(begin), 12), dtype=np.int64)
+        made[:, FIRST], made[:, COUNT] = known + begin, np.minimum(tile_tokens, len(node.rows) - begin)
+        made[:, SEQUENCE] = members[node.rows[0]]
+        made[:, START], made[:, END] = node.first * step.block_size, node.end * step.block_size
+        made[:, FULL] = made[:, END]
+        made[:, MOST], made[:, FEWEST], made[:, NODE] = FAR, -FAR, 1
+        made[:, TILE] = tiles + np.arange(len(begin))
+        tiles += len(begin)
+        spans.append(made)
+        tokens.append(step.query_starts[members[node.rows]])
+        known += len(node.rows)
+    return np.concatenate(spans), np.concatenate(tokens)
+
+
+def _wide_pieces(spans: Ints, num_kv_heads: int, tuning: Tuning) -> Ints:
+    """Cut long ranges where processors would be idle; long pieces first. Assigns slots."""
+    if not len(spans):
+        return spans
+    tile = tuning.wide.tile
+    length = spans[:, END] - spans[:, START]
+    most = _cuts(len(spans) * num_kv_heads, float(length.mean()), tuning)
+    spans[:, FULL] = spans[:, START] + (spans[:, FULL] - spans[:, START]) // tile * tile
+    size = _even(length, np.clip(-(-length // tuning.wide.shortest), 1, most), tile)
+    owner, number = _expanded(-(-length // size))
+    pieces = spans[owner]
+    pieces[:, START] += number * size[owner]
+    pieces[:, END] = np.minimum(pieces[:, START] + size[owner], pieces[:, END])
+    pieces[:, FULL] = np.clip(pieces[:, FULL], pieces[:, START], pieces[:, END])
+    in_part = (np.bincount(pieces[:, TILE])[pieces[:, TILE]] > 1) | (pieces[:, NODE] > 0)
+    needed = pieces[:, COUNT] * in_part
+    pieces[:, SLOT] = np.where(in_part, np.cumsum(needed) - needed, -1)
+    return pieces[np.argsort(pieces[:, START] - pieces[:, END], kind="stable")]
+
+
+def _cuts(programs: int, length: float, tuning: Tuning) -> int:
+    """Into how many pieces it is best to cut so many programs of about one length, counted in keys: the processors
+    take them in rounds, and every piece leaves a part to be written and read."""
+    multiprocessors = tuning.processor.multiprocessors
+    most = max(1, min(-(-2 * multiprocessors // programs), int(length) // tuning.wide.shortest))
+    costs = {cuts: -(-programs * cuts // multiprocessors) * (length / cuts + PART_KEYS) for cuts in range(2, most + 1)}
+    costs[1] = -(-programs // multiprocessors) * length
+    return min(sorted(costs), key=lambda cuts: costs[cuts])
+
+
+def _filled(wide: Ints, tokens: Ints) -> tuple[Ints, Ints]:
+    """The tokens of wide items that leave parts, and the slots they fill."""
+    partial = wide[wide[:, SLOT] >= 0]
+    owner, number = _expanded(partial[:, COUNT])
+    return tokens[partial[owner, FIRST] + number], partial[owner, SLOT] + number
+
+
+def _covered(step: Step, nodes: list[Node], members: Ints) -> Ints:
+    """Positions of each decoding sequence that nodes have read: [len(members)]."""
+    covered = np.zeros(len(members), dtype=np.int64)
+    for node in nodes:
+        covered[node.rows] = np.maximum(covered[node.rows], node.end * step.block_size)
+    return covered
+
+
+def _decode_pieces(
+    step: Step, members: Ints, covered: Ints, window_sinks: tuple[int | None, int], tuning: Tuning
+) -> Ints:
+    """Items without slots, those of a token one after the other."""
+    window, sinks = window_sinks
+    seen = step.seen(window)
+    start, end = np.maximum(covered, seen.first[members]), step.context_lens[members]
+    owner, for_sinks = np.arange(len(members)), np.zeros(len(members), dtype=np.int64)
+    if window is not None and sinks:
+        far = step.seen_sinks(window, sinks).end[members]
+        longer = np.flatnonzero(far > 0)
+        owner, for_sinks = np.concatenate((owner, longer)), np.repeat([0, 1], [len(owner), len(longer)])
+        start, end = np.concatenate((start, np.zeros_like(longer))), np.concatenate((end, far[longer]))
+    length = end - start
+    size = _even(length, -(-length // _decode_size(length, step.num_kv_heads, tuning)), tuning.decode.tile)
+    span, number = _expanded(-(-length // size))
+    pieces = np.zeros((len(span), 8), dtype=np.int64)
+    pieces[:, 0] = step.query_starts[members][owner[span]]
+    pieces[:, 1] = members[owner[span]]
+    pieces[:, 2] = start[span] + number * size[span]
+    pieces[:, 3] = np.minimum(pieces[:, 2] + size[span], end[span])
+    pieces[:, 5] = for_sinks[span]
+    return pieces[np.argsort(pieces[:, 0], kind="stable")]
+
+
+def _decode_size(length: Ints, num_kv_heads: int, tuning: Tuning) -> int:
+    """The most keys of a piece: pieces are taken in rounds by as many programs as there is room for, so the last round
+    should be full, and every piece has a fixed cost."""
+    config = tuning.decode
+    if not len(length):
+        return config.shortest
+    longest = max(int(length.max()), config.shortest)
+    sizes = np.unique(np.geomspace(config.shortest, longest, SIZES_TRIED).astype(np.int64) // config.tile * config.tile)
+    sizes = np.maximum(sizes, config.tile)
+    programs = (-(-length[None, :] // sizes[:, None])).sum(1) * num_kv_heads
+    rounds = -(-programs // (tuning.processor.multiprocessors * config.resident))
+    return int(sizes[np.argmin(rounds * (sizes + PIECE_KEYS))])
+
+
+def _assembled(decode: Ints, wide: tuple[Ints, Ints, int], filled: tuple[Ints, Ints]) -> WorkList:
+    """Give decode items their slots, and every token with several parts the list of them."""
+    items, tokens, rows = wide
+    wide_tokens, wide_slots = filled
+    several = np.bincount(decode[:, 0])[decode[:, 0]] > 1 if len(decode) else np.zeros(0, dtype=np.bool_)
+    several |= np.isin(decode[:, 0], wide_tokens)
+    decode[:, 4] = np.where(several, len(wide_slots) + np.cumsum(several) - 1, 0)
+    owners = np.concatenate((wide_tokens, decode[several, 0]))
+    slots = np.concatenate((wide_slots, decode[several, 4]))
+    order = np.argsort(owners, kind="stable")
+    part_slots, (unique, first, count) = slots[order], np.unique(owners[order], return_index=True, return_counts=True)
+    apart = np.isin(unique, wide_tokens)
+    merges = np.stack((unique[apart], first[apart], count[apart]), axis=1)
+    decode[:, 7] = 1
+    if several.any():
+        at = np.searchsorted(unique, decode[several, 0])
+        decode[several, 6], decode[several, 7] = first[at], np.where(apart[at], 0, count[at])
+    return WorkList(decode, items, tokens, part_slots, merges, len(slots), rows)
+
+
+def _even(length: Ints, pieces: Ints, tile: int) -> Ints:
+    """The size of each piece where a length is cut into about so many, in whole tiles."""
+    size: Ints = (-(-length // pieces) + tile - 1) // tile * tile
+    return np.maximum(size, tile)
+
+
+def _expanded(counts: Ints) -> tuple[Ints, Ints]:
+    """For `counts[i]` things of each owner i: the owner of each thing, and its number among the owner's."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]

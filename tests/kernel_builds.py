@@ -1,0 +1,86 @@
+"""Compile kernels for sm_90 and print what became of them, as JSON: `python -m tests.kernel_builds`. Needs no GPU.
+
+A process of its own, because in the tests' process Triton is interpreted. Compiler and disassembler are those that
+Triton's own wheel carries.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.configs import tuning
+from kernels.jit.decode import decode_kernel
+from kernels.jit.rows import norm_kernel, write_kernel
+from kernels.jit.wide import wide_kernel
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9_.]+)", re.MULTILINE)
+FLOATS = {"parts", "states"}
+NUMBERS = {"tables", "items", "part_slots", "counters", "tokens", "positions", "slots"}
+
+
+def variants() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
+    """Kernel, constants and options of each build: the shapes of an 8B model, block size 16."""
+    heads = {"NUM_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "DIM": 128, "BLOCK_SIZE": 16, "HAS_SINKS": False}
+    tuned = tuning(128, 2)
+    decode, wide, many = tuned.decode, tuned.wide, tuned.many
+    row = {"NUM_QUERY": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "HALF": 64, "BLOCK_SIZE": 16, "HEADS": 8}
+    return {
+        "decode": (
+            decode_kernel,
+            heads | {"ROWS": 16, "MERGE_ROWS": 4, "MERGE_STEP": 16, "TILE": decode.tile},
+            {"num_warps": decode.num_warps, "num_stages": decode.num_stages},
+        ),
+        "wide": (
+            wide_kernel,
+            heads | {"ROWS": wide.rows, "TILE": wide.tile},
+            {"num_warps": wide.num_warps, "num_stages": wide.num_stages},
+        ),
+        "wide, many": (
+            wide_kernel,
+            heads | {"ROWS": many.rows, "TILE": many.tile},
+            {"num_warps": many.num_warps, "num_stages": many.num_stages},
+        ),
+        "write": (write_kernel, row | {"ROTATE": True}, {"num_warps": 2}),
+        "norm": (norm_kernel, {"SIZE": 4096, "WIDTH": 4096, "ADD": True}, {"num_warps": 8}),
+    }
+
+
+def build(kernel: Any, constants: dict[str, Any], options: dict[str, int]) -> dict[str, Any]:
+    """Compile with bfloat16 tensors, 16-byte aligned, and count instructions."""
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else _kind(name)
+        if name not in constants and signature[name] != "fp32" and name != "table_stride":
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(TOOLS / "nvdisasm"), "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {"shared": compiled.metadata.shared, "instructions": Counter(INSTRUCTION.findall(text))}
+
+
+def _kind(name: str) -> str:
+    if name in ("scale", "eps"):
+        return "fp32"
+    if name.endswith("stride"):
+        return "i32"
+    return "*fp32" if name in FLOATS else "*i32" if name in NUMBERS else "*bf16"
+
+
+if __name__ == "__main__":
+    json.dump({name: build(*variant) for name, variant in variants().items()}, sys.stdout)
