@@ -28,7 +28,7 @@ def check(settings: UpSettings) -> None:
     check_admin_key(settings.admin_key, settings.host)
     _check_ports(settings)
     if settings.redis:
-        _check_redis(settings.redis)
+        _check_redis(settings.redis_url)
     elif settings.ray:
         raise ConfigError("--ray needs --redis: workers elsewhere cannot reach a Redis of our own")
     else:
@@ -41,7 +41,7 @@ def check_workers(settings: CrewSettings) -> None:
     if not settings.redis:
         raise ConfigError("--redis URL is needed: routers find these workers through it")
     check_link_token(settings.link_token, settings.host)
-    _check_redis(settings.redis)
+    _check_redis(settings.redis_url)
     if not settings.ray:
         check_model(settings, resolve_model(settings.model))
 

@@ -5,13 +5,15 @@ Knows nothing of what the children do. Invariant: after `end_descendants` return
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -36,7 +38,20 @@ os.execv(sys.argv[2], sys.argv[2:])
 _SWEEP = """
 import glob, os, shutil, signal, sys, time
 folder, spared = sys.argv[1], {os.getpid(), int(sys.argv[2])}
-sys.stdin.buffer.read()
+
+class Asked(Exception):
+    pass
+
+def asked(number, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Asked
+
+signal.signal(signal.SIGTERM, asked)
+try:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    sys.stdin.buffer.read()
+except Asked:
+    pass
 
 def writes(path):
     try:
@@ -110,22 +125,40 @@ class Child:
 
 
 class Sweeper:
-    """A small process that, when this one ends in whatever way, kills all others that write in a folder and removes it.
+    """A new temporary folder, and a small process that, when this one ends in whatever way or when it is asked to by
+    SIGTERM, kills all others that write in the folder and removes it.
 
     For programs that start others in ways of their own, as Ray does, and keep their logs in that folder. Whoever only
     reads there is left alone.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` is removed in the end."""
-        command = [sys.executable, "-I", "-S", "-c", _SWEEP, str(folder), str(os.getpid())]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    def __init__(self, prefix: str, parent: str | None = None) -> None:
+        """The folder's name begins with `prefix`; it lies in `parent`, or where temporary files do."""
+        with signals_held():  # no signal finds a folder without its sweeper, nor a sweeper that would die of it
+            self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            command = [sys.executable, "-I", "-S", "-c", _SWEEP, str(self.folder), str(os.getpid())]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
 
     def sweep(self) -> None:
         """Do it now and wait until it is done; may be called again."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Within, what asks this process to end waits, as long as it has one thread. Children begun within inherit that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def source_path(env: Mapping[str, str] = os.environ) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -42,7 +42,6 @@ class Cluster:
         self._namespace = namespace
         self._slots = slots
         self._dashboard = dashboard
-        self._folder: Path | None = None
         self._sweeper: Sweeper | None = None
         self.address = address
         self.local = not address
@@ -50,21 +49,12 @@ class Cluster:
     @property
     def log_folder(self) -> Path | None:
         """Where a Ray of our own writes what actors print, until it ends."""
-        return self._folder / "session_latest" / "logs" if self._folder else None
+        return self._sweeper.folder / "session_latest" / "logs" if self._sweeper else None
 
     def start(self) -> None:
         """Start or join Ray; raises `ConfigError` when the address does not answer. Call from the main thread."""
-        on_sigterm = signal.getsignal(signal.SIGTERM)
-        asked_to_end = False
-        try:
+        with _own_sigterm():
             context = self._start_local() if self.local else self._start_joined()
-        except SystemExit:  # Ray has a handler of SIGTERM of its own while it starts, and leaves it in place
-            asked_to_end = True
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, on_sigterm)
-            if asked_to_end:
-                signal.raise_signal(signal.SIGTERM)
         self.address = context.address_info["gcs_address"]
 
     def stop(self) -> None:
@@ -72,7 +62,7 @@ class Cluster:
         ray.shutdown()
         if self._sweeper is not None:
             self._sweeper.sweep()
-        self._sweeper = self._folder = None
+        self._sweeper = None
 
     def worker_options(self, settings: WorkerSettings, count: int) -> dict[str, Any]:
         """Resources of a worker actor: a GPU each where there are GPUs, else CPUs so that `count` workers fit."""
@@ -114,8 +104,7 @@ class Cluster:
         os.environ.update(_local_environment())
         Config.initialize("")  # Ray read its settings when it was imported; it knows no public way to read them again
         short = "/tmp" if len(tempfile.gettempdir()) > 40 else None  # Ray's unix sockets lie below it
-        self._folder = Path(tempfile.mkdtemp(prefix="pando-ray-", dir=short))
-        self._sweeper = Sweeper(self._folder)
+        self._sweeper = Sweeper("pando-ray-", short)
         with _on_loopback():
             return ray.init(
                 num_cpus=self._slots + 1,
@@ -124,7 +113,7 @@ class Cluster:
                 object_store_memory=_OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                _temp_dir=str(self._folder),
+                _temp_dir=str(self._sweeper.folder),
             )
 
     def _start_joined(self) -> Any:
@@ -219,6 +208,36 @@ class Crew:
             return ray.get(getattr(self._supervisor, method).remote(), timeout=_CALL_TIMEOUT_S)
         except RayError as error:
             raise Unavailable("the supervisor of the workers is gone") from error
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Within, Ray starts; a SIGTERM that comes meanwhile reaches the handler there was before, maybe a little later.
+
+    Ray sets one of its own, then one in C++ that aborts, whichever thread the signal finds. So it waits, in this thread
+    and in those that begin here, but for the moments in which a process begins, which must not inherit that.
+    """
+    handler, mask = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    popen = services.ConsolePopen
+
+    def let_come() -> None:
+        ignored = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # since another signal came
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if ignored else handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def popen_unheld(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            let_come()
+            return popen(*arguments, **keywords)
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    services.ConsolePopen = popen_unheld  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen  # type: ignore[misc]
+        let_come()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,8 +26,8 @@ class RedisServer:
     def __init__(self, binary: str | None = None) -> None:
         """Raises `ConfigError` when there is no server program."""
         self._binary = binary or find_binary()
-        self._folder = Path(tempfile.mkdtemp(prefix="pando-redis-", dir=_short_folder()))
-        self._sweeper = Sweeper(self._folder)
+        self._sweeper = Sweeper("pando-redis-", _short_folder())
+        self._folder = self._sweeper.folder
         self._child: Child | None = None
         self.url = f"unix://{self._folder}/redis.sock"
 

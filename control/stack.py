@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from control.cluster import Cluster, Crew
 from control.redis_server import RedisServer
-from control.router_process import Listening, RouterProcess, RouterRefused
+from control.router_group import RouterGroup
+from control.router_process import Listening, RouterRefused
 from control.supervisor import WorkerStatus
 from kvstore.redis_url import without_password
 from pando.errors import ConfigError
@@ -76,10 +77,7 @@ class Stack:
         if self._redis is not None and self._redis.pid is None:
             self._say("Redis ended: starting it again")
             self._redis.start()
-        if not self._router.alive():
-            self._say("the router ended: starting it again")
-            self._router.start()
-            self._router.wait_listening(self._settings.ready_timeout_s)
+        self._router.tend(lambda: self._say("a router ended: starting it again"))
         if self._crew.tend():
             self._say("the supervisor ended: started it and the workers again")
         self._progress.workers(self._crew.workers())
@@ -94,9 +92,9 @@ class Stack:
         settings = narrow(UpSettings, self._settings, redis=url)
         self._cluster = self._given_cluster or self._new_cluster()
         self._crew = Crew(self._cluster, _worker_settings(settings), settings.workers)
-        self._router = RouterProcess(narrow(RouterSettings, settings))
+        self._router = RouterGroup(narrow(RouterSettings, settings))
         self._start_router_and_workers()
-        listening = self._router.wait_listening(deadline - time.monotonic())
+        listening, *_ = self._router.wait_listening(deadline - time.monotonic())
         workers = self._crew.wait_ready(deadline - time.monotonic(), self._starting)
         self._wait_linked(workers, deadline)
         return _running(listening, without_password(url), self._cluster.address, workers)

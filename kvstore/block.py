@@ -11,7 +11,7 @@ BlockId = NewType("BlockId", int)
 """Index of a block in its pool, 0 <= id < num_blocks."""
 
 BlockKey = NewType("BlockKey", bytes)
-"""16 bytes that name a full block and all blocks before it. A hint, never proof."""
+"""16 bytes that name a sealed block and all blocks before it. A hint, never proof."""
 
 WorkerId = NewType("WorkerId", str)
 """Name of a worker in its fleet, kept over restarts."""

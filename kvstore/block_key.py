@@ -8,9 +8,11 @@ block by its key still compares scope, parent and tokens.
 from __future__ import annotations
 
 import hashlib
+import struct
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import islice
+from typing import NamedTuple, cast
 
 from xxhash import xxh3_128_digest
 
@@ -38,8 +40,7 @@ def spans(regions: Sequence[Region], block_size: int) -> list[Span]:
     for region in regions:
         end = None if region.end is None else region.end // block_size
         if end is None or end > before:
-            seed = int.from_bytes(region.root[:8], "little")
-            found.append(Span(end, region.root, seed, end is None))
+            found.append(Span(end, region.root, _seed(region.root), end is None))
             before = end or 0
     return found
 
@@ -52,30 +53,29 @@ def block_keys(
     `key_bits` below 128 makes collisions likely; it is for tests of what happens then.
     """
     cut = _cutter(key_bits)
-    data = token_bytes(token_ids)
-    step = block_size * TOKEN_BYTES
+    # The loop of every request's way: each block's bytes from one C iterator, each key kept by the list itself.
+    blocks = struct.iter_unpack(f"{block_size * TOKEN_BYTES}s", _whole(token_bytes(token_ids), block_size))
     num_blocks = len(token_ids) // block_size
     keys: list[BlockKey] = []
-    append = keys.append
     key = b""
     for end, root, seed, _ in spans(regions, block_size):
         first = len(keys)
         if first >= num_blocks:
             break
-        last = num_blocks if end is None else min(end, num_blocks)
+        of_span = blocks if end is None else islice(blocks, end - first)
         key = _enter(key, root, seed)
-        for offset in range(first * step, last * step, step):
-            key = xxh3_128_digest(key + data[offset : offset + step], seed)
-            if cut is not None:
-                key = cut(key)
-            append(BlockKey(key))
+        if cut is None:
+            made = [key := xxh3_128_digest(key + block, seed) for (block,) in of_span]
+        else:
+            made = [key := cut(xxh3_128_digest(key + block, seed)) for (block,) in of_span]
+        keys += cast("list[BlockKey]", made)
     return keys
 
 
 class KeyChain:
     """A cursor over the keys of one sequence: `peek` the next block's key, `advance` once that block is accepted."""
 
-    __slots__ = ("_cut", "_parent", "_position", "_spans", "index")
+    __slots__ = ("_cut", "_last", "_parent", "_position", "_spans", "index")
 
     def __init__(self, regions: Sequence[Region], block_size: int, *, key_bits: int = KEY_BITS) -> None:
         self._spans = spans(regions, block_size)
@@ -86,18 +86,15 @@ class KeyChain:
         """A second cursor at the same place."""
         twin = KeyChain.__new__(KeyChain)
         twin._spans, twin._cut = self._spans, self._cut
-        twin.index, twin._position, twin._parent = self.index, self._position, self._parent
+        twin.index, twin._position = self.index, self._position
+        twin._last, twin._parent = self._last, self._parent
         return twin
-
-    @property
-    def span_end(self) -> int | None:
-        """Index of the first block behind the present region; None if there is no other region."""
-        return self._spans[self._position].end
 
     def restart(self) -> None:
         """Go back to the first block."""
         self.index = 0
         self._position = 0
+        self._last = b""
         self._parent = _enter(b"", self._spans[0].root, self._spans[0].seed)
 
     @property
@@ -115,10 +112,16 @@ class KeyChain:
         key = xxh3_128_digest(self._parent + block_tokens, self._spans[self._position].seed)
         return BlockKey(key if self._cut is None else self._cut(key))
 
+    def end_key(self, root: ScopeRoot, tokens: bytes) -> BlockKey:
+        """The key of what the scope `root` has of the next block, ending with these tokens: fewer than a block."""
+        seed = _seed(root)
+        key = xxh3_128_digest(_enter(self._last, root, seed) + tokens, seed)
+        return BlockKey(key if self._cut is None else self._cut(key))
+
     def advance(self, key: BlockKey) -> None:
         """Take `key`, as `peek` gave it, for the next block and go behind it."""
         self.index += 1
-        self._parent = key
+        self._last = self._parent = key
         if self.index == self._spans[self._position].end:
             self._position += 1
             self._parent = _enter(key, self.root, self._spans[self._position].seed)
@@ -135,6 +138,16 @@ def token_bytes(token_ids: array[int]) -> bytes:
     if token_ids.typecode != "I" or token_ids.itemsize != TOKEN_BYTES:
         raise ValueError("token ids must be an array of type 'I'")
     return token_ids.tobytes()
+
+
+def _seed(root: ScopeRoot) -> int:
+    return int.from_bytes(root[:8], "little")
+
+
+def _whole(data: bytes, block_size: int) -> memoryview:
+    """The bytes of the full blocks."""
+    step = block_size * TOKEN_BYTES
+    return memoryview(data)[: len(data) // step * step]
 
 
 def _enter(parent: bytes, root: ScopeRoot, seed: int) -> bytes:

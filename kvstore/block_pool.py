@@ -75,7 +75,6 @@ class BlockPool:
         self._ledger = Ledger(num_blocks)
         self._order = EvictionOrder(policy, self.contents, self._references, self._owners)
         self.next_to_evict = self._order.upcoming
-        self._over: dict[Owner, None] = {}
         self._num_unreferenced = num_blocks
         self._num_cached = 0
         self._changes = Changes(tier)
@@ -109,11 +108,6 @@ class BlockPool:
         """Blocks that can be found by their content, held or not."""
         return len(self.contents.by_key)
 
-    @property
-    def key_collisions(self) -> int:
-        """Looks that met another content under their key."""
-        return self.contents.collisions
-
     # Blocks
 
     def allocate(self, count: int, root: ScopeRoot | None = None, *, alone: bool = False) -> list[BlockId] | None:
@@ -127,7 +121,7 @@ class BlockPool:
             self._ledger.forget_if_empty(owner)
             return None
         self._recharge(owner, count)
-        if self._over:
+        if self._ledger.over:
             self._trim()
         free, references, generations, owners = self._free, self._references, self._generations, self._owners
         while len(free) < count and self._evict_next():
@@ -143,16 +137,9 @@ class BlockPool:
             owners[block] = owner
         self._num_unreferenced -= count
         self._ledger.hold(owner, count)
-        if self._over:
+        if self._ledger.over:
             self._trim()
         return blocks  # type: ignore[return-value]
-
-    def find(self, key: BlockKey, root: ScopeRoot, parent: BlockId, tokens: bytes) -> BlockId | None:
-        """The sealed block of exactly this scope, parent and token ids, or None.
-
-        `parent` is NO_BLOCK or a block found or sealed just before. Another one under the key is a key collision.
-        """
-        return self.contents.find(key, root, self.number(parent), tokens)
 
     def may_acquire(self, blocks: Sequence[BlockId]) -> bool:
         """Whether holding these would leave others the room of their floors."""
@@ -191,11 +178,25 @@ class BlockPool:
 
     def seal_as(self, block: BlockId, content: Content, number: int = NO_CONTENT) -> BlockId | None:
         """As `seal`, by the parent's content number: it may be in another tier. `number` is the content's own."""
+        if len(content.tokens) != TOKEN_BYTES * self.block_size:
+            raise BrokenInvariant(f"block {block} cannot be sealed: it is not full")
+        resident = self._seal(block, content, number)
+        if resident == block:
+            self._changes.stored(content.key)
+        return resident
+
+    def seal_end(self, block: BlockId, content: Content) -> bool:
+        """As `seal`, of a block in which a published head ends: fewer tokens, of which the index is not told and below
+        which nothing hangs. False if another block has the key."""
+        if self._seal(block, content) != block:
+            return False
+        self.contents.ends.add(block)
+        return True
+
+    def _seal(self, block: BlockId, content: Content, number: int = NO_CONTENT) -> BlockId | None:
         contents = self.contents
         if self._references[block] != 1 or contents.keys[block] is not None:
             raise BrokenInvariant(f"block {block} cannot be sealed: it is free, shared or sealed")
-        if len(content.tokens) != TOKEN_BYTES * self.block_size:
-            raise BrokenInvariant(f"block {block} cannot be sealed: it is not full")
         resident = contents.find(*content)
         if resident is not None:
             return resident
@@ -206,7 +207,6 @@ class BlockPool:
         self._charge_to(block, self._ledger.owner(content.root))
         contents.record(block, content, number)
         self._order.sealed(block)
-        self._changes.stored(content.key)
         self._trim()
         return block
 
@@ -301,26 +301,20 @@ class BlockPool:
 
     def _recharge(self, owner: Owner, change: int) -> None:
         """Change the owner's charge, and see what follows."""
-        owner.charge += change
-        if owner.quota is None:
-            if not owner.charge:
-                self._ledger.forget_if_empty(owner)
-            return
+        self._ledger.recharge(owner, change)
         if owner.sheltered:
             self._order.refresh(owner)
-        if owner.excess:
-            self._over[owner] = None
 
     def _trim(self) -> None:
         """Take from owners over their ceiling what they do not use."""
-        for owner in list(self._over):
+        for owner in list(self._ledger.over):
             while owner.excess:
                 block = self._order.take_of(owner)
                 if block is None:
                     break
                 self._evict(block)
             else:
-                del self._over[owner]
+                del self._ledger.over[owner]
 
     def _owner(self, block: int) -> Owner:
         owner = self._owners[block]
@@ -346,8 +340,9 @@ class BlockPool:
         return self.contents.keys[block] is not None
 
     def sealed_keys(self) -> list[BlockKey]:
-        """The keys of all sealed blocks."""
-        return list(self.contents.by_key)
+        """The keys of all full sealed blocks: what the index knows."""
+        ends = self.contents.ends
+        return [key for key, block in self.contents.by_key.items() if block not in ends]
 
     def take_events(self) -> list[Event]:
         """The net change of the sealed set since the last call: at most one event of each kind."""
@@ -378,9 +373,11 @@ class BlockPool:
         """A sealed block's content can no longer be found."""
         contents = self.contents
         number, parent = contents.numbers[block], contents.parents[block]
+        is_end = block in contents.ends
         key = contents.erase(BlockId(block))
         self._generations[block] += 1
-        self._changes.removed(key)
+        if not is_end:
+            self._changes.removed(key)
         self._order.forgotten(block, parent)
         if self.on_forget is not None:
             self.on_forget(key, number)

@@ -7,23 +7,17 @@ Knows nothing of scheduling or text. Invariants: the block at index i holds posi
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
-from kvstore.block import NO_BLOCK, BlockId, BrokenInvariant, CopyOrder
+from kvstore.block import NO_BLOCK, BlockId, BlockKey, BrokenInvariant, CopyOrder
 from kvstore.block_key import TOKEN_BYTES, KeyChain, token_bytes
 from kvstore.block_pool import BlockPool
 from kvstore.children import common_bytes
+from kvstore.contents import Content
+from kvstore.copies import Copies
 from kvstore.flights import Flight, Wait
-from kvstore.scope import Region
-
-
-class Part(NamedTuple):
-    """The start of a block that another sealed block holds too."""
-
-    source: BlockId
-    num_tokens: int
-    published: bool
+from kvstore.parts import Parts
+from kvstore.scope import Region, ScopeRoot
 
 
 class BlockTable:
@@ -33,8 +27,8 @@ class BlockTable:
     """
 
     __slots__ = (
-        "_chain", "_copies", "_data", "_flight", "_hole_end", "_no_store", "_pool", "_regions", "_sealing", "_sources",
-        "_stand_ins", "_tip", "block_ids", "cached_published", "life", "pending",
+        "_chain", "_copies", "_data", "_flight", "_hole_end", "_no_store", "_parts", "_pool", "_reached", "_regions",
+        "_sealing", "_stand_ins", "_tip", "block_ids", "cached_published", "life", "pending",
     )  # fmt: skip
 
     def __init__(self, pool: BlockPool, regions: Sequence[Region], *, no_store: bool = False) -> None:
@@ -42,6 +36,7 @@ class BlockTable:
         """Grows with each `release`."""
         self._pool = pool
         self._regions = tuple(regions)
+        self._parts = Parts(regions, pool.contents, pool.block_size)
         self._no_store = no_store
         self._chain = KeyChain(regions, pool.block_size, key_bits=pool.key_bits)
         self._reset()
@@ -54,13 +49,13 @@ class BlockTable:
         """Another sequence is about to seal what comes after the attached prefix."""
         self._sealing = self._pool.reuse and not self._no_store
         self._chain.restart()
+        self._reached = 0  # tokens in KV
         # The sealed block that stands for everything before the next block to seal.
         self._tip = NO_BLOCK
         # (index, block): sealed by another sequence with the content of our private block at that index. Held, so that
         # the parents of what we seal later stay resident.
         self._stand_ins: list[tuple[int, BlockId]] = []
-        self._copies: list[CopyOrder] = []  # not yet taken
-        self._sources: list[BlockId] = []  # held until their copies are done
+        self._copies = Copies(self._pool)
         self._data = b""  # token ids to lead a flight with
         self._flight: Flight | None = None
         self._hole_end = 0
@@ -93,7 +88,8 @@ class BlockTable:
         pool.acquire(found, hit=hit)
         self._hold(found)
         self.cached_published = published * pool.block_size
-        return len(found) * pool.block_size
+        self._reached = len(found) * pool.block_size
+        return self._reached
 
     def _find_blocks(self, data: bytes, limit: int) -> tuple[list[BlockId], int]:
         """The cached full blocks from the start, and how many of them are published; the chain goes behind them."""
@@ -120,7 +116,7 @@ class BlockTable:
         How many tokens that is; of the token ids that `watch` was told.
         """
         limit = min(limit, len(self._data) // TOKEN_BYTES)
-        part = self._best_part(start, limit) if start < limit else None
+        part = self._parts.best(self._pool.number(self._tip), self._data, start, limit) if start < limit else None
         if part is None or not self._pool.may_acquire((part.source,)):
             return 0
         self._pool.acquire((part.source,), hit=True)
@@ -129,7 +125,8 @@ class BlockTable:
             self._pool.release((part.source,))
             return 0
         self._hold(blocks)
-        self._order_copy(part.source, blocks[0], part.num_tokens)
+        self._copies.order(part.source, blocks[0], part.num_tokens)
+        self._reached += part.num_tokens
         if part.published:
             self.cached_published += part.num_tokens
         return part.num_tokens
@@ -138,26 +135,18 @@ class BlockTable:
         """Where the attached prefix ends: a chain to go on with, and the number of the last content."""
         return self._chain.copy(), self._pool.number(self._tip)
 
-    def _best_part(self, start: int, limit: int) -> Part | None:
-        """The longest start of the next block in the scopes of the regions that lie in it, each up to its own end.
-
-        Never all of the block: it would be ours, full and not sealed. KV of a position depends on the tokens up to it
-        alone, so what the source holds behind the part, in whoever's hands, neither matters nor can be read.
-        """
-        size = self._pool.block_size
-        contents, number = self._pool.contents, self._pool.number(self._tip)
-        best: Part | None = None
-        for region in self._regions:
-            if region.end is not None and region.end <= start:
-                continue
-            end = min(limit, start + size - 1, limit if region.end is None else region.end)
-            found = contents.closest(region.root, number, self._data[start * TOKEN_BYTES : end * TOKEN_BYTES])
-            length = found[1] // TOKEN_BYTES if found else 0
-            if found and length > (best.num_tokens if best else 0):
-                best = Part(found[0], length, region.end is not None)
-            if region.end is None or region.end >= start + size:
-                break
-        return best
+    def attach_end(self, token_ids: array[int]) -> int:
+        """Behind all full blocks of a published head, hold the block itself that others copy the head's end from: for
+        a table that is never written. How many tokens that is."""
+        start = self._chain.index * self._pool.block_size
+        for end in self._parts.ends:
+            if start < end.position == len(token_ids) < start + self._pool.block_size:
+                block = self._parts.holder(end, self._pool.number(self._tip), token_bytes(token_ids[start:]))
+                if block is not None and self._pool.may_acquire((block,)):
+                    self._pool.acquire((block,))
+                    self._hold((block,))
+                    return end.position - start
+        return 0
 
     # Single flight
 
@@ -170,43 +159,53 @@ class BlockTable:
         if not self._pool.reuse:
             return None
         self._data = token_bytes(token_ids)
-        chain, size = self._chain, self._pool.block_size
-        start = chain.index * size
-        tokens = self._block_at(start)
-        if not tokens or not len(self._pool.flights):
+        if not len(self._pool.flights):
             return None
-        flight = self._pool.flights.find(chain.peek(tokens), chain.root, self._pool.number(self._tip))
-        if flight is None:
-            return None
-        offset = start * TOKEN_BYTES
-        common = common_bytes(flight.data[offset:], self._data[offset:]) // len(tokens)
-        if not common:
-            return None
-        target = chain.index + common
-        if flight.regions != self._regions and chain.span_end is not None:
-            target = min(target, chain.span_end)
-        self.pending = Wait(flight, target)
+        start, number = self._chain.index * self._pool.block_size, self._pool.number(self._tip)
+        for key, root in self._goals(start):
+            flight = self._pool.flights.find(key, root, number)
+            if flight is None:
+                continue
+            offset = start * TOKEN_BYTES
+            common = start + common_bytes(flight.data[offset:], self._data[offset:]) // TOKEN_BYTES
+            target = self._parts.shared_with(flight.regions, common)
+            if target > start:
+                self.pending = Wait(flight, target)
+                break
         return self.pending
 
-    def _block_at(self, start: int) -> bytes:
-        """The known tokens of the full block from this position on; nothing if they are fewer."""
-        step = self._pool.block_size * TOKEN_BYTES
-        tokens = self._data[start * TOKEN_BYTES : start * TOKEN_BYTES + step]
-        return tokens if len(tokens) == step else b""
+    def _goals(self, behind: int) -> Iterator[tuple[BlockKey, ScopeRoot]]:
+        """Key and scope of what can be sealed next behind a position, its tokens known: a published end, the block."""
+        chain, size = self._chain, self._pool.block_size
+        start = chain.index * size
+        if self._parts.ends:
+            end = self._parts.open_end(self._pool.number(self._tip), self._data, start, behind)
+            if end is not None:
+                tokens = self._data[start * TOKEN_BYTES : end.position * TOKEN_BYTES]
+                yield chain.end_key(end.root, tokens), end.root
+        tokens = self._data[start * TOKEN_BYTES : (start + size) * TOKEN_BYTES]
+        if len(tokens) == size * TOKEN_BYTES:
+            yield chain.peek(tokens), chain.root
 
     def _lead(self) -> None:
-        """Tell others which block we seal next, as long as its tokens are known."""
-        chain = self._chain
-        tokens = self._block_at(chain.index * self._pool.block_size) if self._sealing else b""
-        if tokens:
+        """Tell others what we seal next, as long as its tokens are known."""
+        goal = next(self._goals(self._reached), None) if self._sealing else None
+        if goal is not None:
             self._flight = self._flight or Flight(self._regions, self._data)
-            number = self._pool.number(self._tip)
-            self._pool.flights.advance(self._flight, chain.index, chain.peek(tokens), chain.root, number)
+            self._pool.flights.advance(self._flight, self._num_found, *goal, self._pool.number(self._tip))
             return
         self._data = b""
+        self._end_flight()
+
+    def _end_flight(self) -> None:
         if self._flight is not None:
-            self._pool.flights.end(self._flight, chain.index)
+            self._pool.flights.end(self._flight, self._num_found)
             self._flight = None
+
+    @property
+    def _num_found(self) -> int:
+        """Tokens of ours that others find, or never will."""
+        return max(self._chain.index * self._pool.block_size, self._parts.last_end(self._reached))
 
     # Growth
 
@@ -243,7 +242,7 @@ class BlockTable:
             source = BlockId(self.block_ids[index])
             self.block_ids[index] = block
             if start > index * size:
-                self._order_copy(source, block, start - index * size)
+                self._copies.order(source, block, start - index * size)
             else:
                 pool.release((source,))
         return True
@@ -253,7 +252,7 @@ class BlockTable:
 
         It holds the same blocks, the last partial one too: who writes to that first, copies it.
         """
-        if self._sources or num_computed < self._chain.index * self._pool.block_size:
+        if self._copies.sources or num_computed < self._chain.index * self._pool.block_size:
             raise BrokenInvariant("a table is forked behind what is sealed, and with no copies to be done")
         twin = BlockTable(self._pool, self._regions, no_store=self._no_store)
         shared = self.block_ids[: -(-num_computed // self._pool.block_size)]
@@ -262,22 +261,53 @@ class BlockTable:
         twin._hold(shared)
         twin._chain = self._chain.copy()
         twin._sealing, twin._tip, twin._hole_end = self._sealing, self._tip, self._hole_end
-        twin._stand_ins = list(self._stand_ins)
+        twin._stand_ins, twin._reached = list(self._stand_ins), num_computed
         return twin
 
-    def seal(self, token_ids: array[int], num_computed: int) -> None:
-        """Make blocks findable that became full: `token_ids` are the sequence's, `num_computed` of them are in KV."""
-        full = num_computed // self._pool.block_size
-        if not self._sealing or self._chain.index >= full:
-            return
+    def share_end(self, token_ids: array[int], start: int, end: int) -> int:
+        """Where to stop computing [start, end) for a moment: at a published end inside a block that nobody holds, so
+        that `seal` finds the block with nothing behind it; else `end`."""
+        size, first = self._pool.block_size, self._chain.index * self._pool.block_size
+        for one in self._parts.ends if self._sealing else ():
+            if start < one.position < end:
+                tokens = token_bytes(token_ids[first : one.position]) if one.position < first + size else b""
+                if not tokens or self._parts.holder(one, self._pool.number(self._tip), tokens) is None:
+                    return one.position
+        return end
+
+    def seal(self, token_ids: array[int], num_computed: int) -> bool:
+        """Make findable what became full, and the block in which a published head ends if we stopped there.
+
+        `token_ids` are the sequence's, `num_computed` of them are in KV. True: our last block is now for others to copy
+        from, and `prepare_write` comes before the next write.
+        """
+        full, before = num_computed // self._pool.block_size, self._reached
+        self._reached = num_computed
+        if not self._sealing or (self._chain.index >= full and self._parts.last_end(num_computed) <= before):
+            return False
         if num_computed > len(token_ids) or full > len(self.block_ids):
             raise BrokenInvariant("more positions are sealed than the sequence has")
         for index in range(self._chain.index, full):
             if not self._seal_block(index, token_ids):
                 self._sealing = False  # nothing behind this block could be found
                 break
+        is_end = self._sealing and self._seal_end(token_ids, num_computed)
         if self._flight is not None:
             self._lead()
+        return is_end
+
+    def _seal_end(self, token_ids: array[int], num_computed: int) -> bool:
+        """Leave our last block to others, if a published head ends with it, nobody has that yet, and there is another
+        block for us to go on in."""
+        pool, chain = self._pool, self._chain
+        end = next((end for end in self._parts.ends if end.position == num_computed), None)
+        if end is None or not pool.num_available or (self._tip != NO_BLOCK and not pool.is_sealed(self._tip)):
+            return False
+        block, number = BlockId(self.block_ids[chain.index]), pool.number(self._tip)
+        tokens = token_bytes(token_ids[chain.index * pool.block_size : num_computed])
+        if not pool.is_writable(block) or self._parts.holder(end, number, tokens) is not None:
+            return False
+        return pool.seal_end(block, Content(chain.end_key(end.root, tokens), end.root, number, tokens))
 
     def _seal_block(self, index: int, token_ids: array[int]) -> bool:
         pool, chain, size = self._pool, self._chain, self._pool.block_size
@@ -302,21 +332,11 @@ class BlockTable:
 
     def take_copies(self) -> list[CopyOrder]:
         """Copies to carry out before the next step writes."""
-        copies, self._copies = self._copies, []
-        return copies
+        return self._copies.take()
 
     def copies_done(self) -> None:
         """The copies taken so far were carried out."""
-        if self._sources:
-            kept = [order.source for order in self._copies]
-            done = self._sources[: len(self._sources) - len(kept)]
-            self._sources = kept
-            self._pool.release(done)
-
-    def _order_copy(self, source: BlockId, target: BlockId, num_tokens: int) -> None:
-        """`source` is held already, and stays so until the copy is done."""
-        self._sources.append(source)
-        self._copies.append(CopyOrder(source, target, num_tokens))
+        self._copies.done()
 
     # Giving back
 
@@ -347,11 +367,10 @@ class BlockTable:
 
     def release(self) -> None:
         """Give all blocks back, the last ones to be evicted first. Calling it again does nothing."""
-        if self._flight is not None:
-            self._pool.flights.end(self._flight, self._chain.index)
+        self._end_flight()
         if self.block_ids:
             self._pool.num_holders -= 1
-        self._pool.release([*self._sources, *self._backwards(0, len(self.block_ids))])
+        self._pool.release([*self._copies.sources, *self._backwards(0, len(self.block_ids))])
         self.life += 1
         self._reset()
 

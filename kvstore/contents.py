@@ -18,7 +18,7 @@ ROOT_BYTES = 16
 
 
 class Content(NamedTuple):
-    """What a full block holds: `tokens` (little-endian u32) in the scope `root`, behind the content number `parent`."""
+    """What a sealed block holds: `tokens` (little-endian u32) in the scope `root`, behind the content `parent`."""
 
     key: BlockKey
     root: ScopeRoot
@@ -29,18 +29,34 @@ class Content(NamedTuple):
 class Contents:
     """The records of `num_blocks` blocks. `numbers` gives new content numbers; the tiers of a worker share it."""
 
-    __slots__ = ("_numbers", "by_key", "children", "collisions", "keys", "numbers", "parents", "roots", "tokens")
+    __slots__ = (
+        "_numbers",
+        "by_key",
+        "children",
+        "collisions",
+        "ends",
+        "keys",
+        "numbers",
+        "parents",
+        "roots",
+        "tokens",
+        "uncopied",
+    )
 
     def __init__(self, num_blocks: int, numbers: Iterator[int]) -> None:
         self._numbers = numbers
         self.collisions = 0
         self.by_key: dict[BlockKey, BlockId] = {}
+        self.ends: set[int] = set()
+        """Those of the blocks that hold fewer tokens than a block has: a published head ends there."""
         self.keys: list[BlockKey | None] = [None] * num_blocks
         self.tokens: list[bytes] = [b""] * num_blocks
         self.roots: list[ScopeRoot | None] = [None] * num_blocks
         self.numbers = array("Q", bytes(8 * num_blocks))
         self.parents = array("Q", bytes(8 * num_blocks))
         self.children = Children(self._label)
+        self.uncopied: dict[int, BlockId] | None = None
+        """With another tier behind this one: blocks it has not been offered, by content number, the oldest first."""
 
     def find(self, key: BlockKey, root: ScopeRoot, parent: int, tokens: bytes) -> BlockId | None:
         """The block of exactly this scope, parent content and tokens; another one under its key is a collision."""
@@ -62,6 +78,8 @@ class Contents:
         self.parents[block] = parent
         self.numbers[block] = number or next(self._numbers)
         self.children.add(parent, block)
+        if self.uncopied is not None and not number:
+            self.uncopied[self.numbers[block]] = block
 
     def of(self, block: BlockId) -> Content:
         """What a sealed block holds."""
@@ -77,6 +95,9 @@ class Contents:
             raise BrokenInvariant(f"block {block} is not sealed")
         self.children.remove(self.parents[block], block)
         del self.by_key[key]
+        if self.uncopied is not None:
+            self.uncopied.pop(self.numbers[block], None)
+        self.ends.discard(block)
         self.keys[block] = None
         self.tokens[block] = b""
         self.roots[block] = None

@@ -13,9 +13,9 @@ from kvstore.scope import Region, ScopeRoot
 
 
 class Flight:
-    """One leader's way through its tokens. `next_key` names the block it will seal next."""
+    """One leader's way through its tokens. `next_key` names what it will seal next, a block or a published end."""
 
-    __slots__ = ("data", "ended", "next_key", "parent", "regions", "root", "sealed")
+    __slots__ = ("data", "ended", "next_key", "num_found", "parent", "regions", "root")
 
     def __init__(self, regions: Sequence[Region], data: bytes) -> None:
         self.regions = regions
@@ -24,27 +24,28 @@ class Flight:
         self.next_key: BlockKey | None = None
         self.root: ScopeRoot | None = None
         self.parent = 0
-        self.sealed = 0
+        self.num_found = 0
+        """Tokens that others find, sealed by the leader or before it."""
         self.ended = False
 
 
 class Wait:
-    """What a follower waits for: that the leader has sealed so many blocks, or is gone."""
+    """What a follower waits for: that so many tokens of its own are found, or that the leader is gone."""
 
-    __slots__ = ("_flight", "num_blocks")
+    __slots__ = ("_flight", "num_tokens")
 
-    def __init__(self, flight: Flight, num_blocks: int) -> None:
+    def __init__(self, flight: Flight, num_tokens: int) -> None:
         self._flight = flight
-        self.num_blocks = num_blocks
+        self.num_tokens = num_tokens
 
     @property
     def ready(self) -> bool:
         """Whether another try is worth it: more is cached now, or the next one has to lead."""
-        return self._flight.ended or self._flight.sealed >= self.num_blocks
+        return self._flight.ended or self._flight.num_found >= self.num_tokens
 
 
 class Flights:
-    """The flights of one pool by the key of the next block of each."""
+    """The flights of one pool by what each seals next."""
 
     __slots__ = ("_by_key",)
 
@@ -61,18 +62,18 @@ class Flights:
             return None
         return flight
 
-    def advance(self, flight: Flight, sealed: int, key: BlockKey, root: ScopeRoot, parent: int) -> None:
-        """The leader has sealed so many blocks and goes on with this one, unless somebody else is at it already."""
+    def advance(self, flight: Flight, num_found: int, key: BlockKey, root: ScopeRoot, parent: int) -> None:
+        """The leader is past so many tokens and goes on with this block, unless somebody else is at it already."""
         self._leave(flight)
-        flight.sealed = sealed
+        flight.num_found = num_found
         flight.root, flight.parent = root, parent
         if self._by_key.setdefault(key, flight) is flight:
             flight.next_key = key
 
-    def end(self, flight: Flight, sealed: int) -> None:
+    def end(self, flight: Flight, num_found: int) -> None:
         """The leader seals no more."""
         self._leave(flight)
-        flight.sealed = sealed
+        flight.num_found = num_found
         flight.ended = True
 
     def _leave(self, flight: Flight) -> None:

@@ -35,6 +35,8 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     seq: int = 0
     num_blocks: int = 0
+    digest: int = 0
+    """Of what is resident after batch `seq`, as `kvstore.events.state_digest` makes it."""
     running: int = 0
     waiting: int = 0
     queued_tokens: int = 0
@@ -43,6 +45,8 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     max_sequences: int = 0
     max_waiting: int = 0
     max_batch_tokens: int = 0
+    max_held: int = 0
+    """Most positions of which one sequence holds KV at a time; a window makes it less than `max_model_len`. 0: all."""
     reuse: bool = True
     """False for a worker that keeps no prefix: nothing it computes may be credited to a later request."""
     life: str = ""
@@ -95,8 +99,8 @@ class LeaseKeeper:
         """Write the lease for another TTL. Raises `Fenced` if the worker has a newer epoch."""
         raw = msgspec.json.encode(msgspec.structs.replace(lease, life=self._life))
         newest = self._renew(
-            keys=[*self._keys(lease.worker_id), workers_key(self._cluster)],
-            args=[lease.epoch, raw, self._ttl_ms, lease.worker_id],
+            keys=self._keys(lease.worker_id),
+            args=[lease.epoch, raw, self._ttl_ms, lease.worker_id, workers_key(self._cluster)],
         )
         check_fence(lease.worker_id, lease.epoch, newest)
 
@@ -156,6 +160,7 @@ def _text(raw: bytes | str) -> str:
     return raw if isinstance(raw, str) else raw.decode("utf-8", "replace")
 
 
+# The list of workers is no KEYS of it: who may only add to it could not name it there.
 # A counter that is lost or behind (Redis was flushed, or restored from an old dump) is set forward by whoever lives.
 _RENEW = """
 local newest = tonumber(redis.call('GET', KEYS[1]) or '0')
@@ -163,7 +168,7 @@ local epoch = tonumber(ARGV[1])
 if newest > epoch then return newest end
 if newest < epoch then redis.call('SET', KEYS[1], ARGV[1]) end
 redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
-redis.call('SADD', KEYS[3], ARGV[4])
+redis.call('SADD', ARGV[5], ARGV[4])
 return epoch
 """
 

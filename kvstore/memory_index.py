@@ -6,13 +6,26 @@ blocks can be read off block n alone, and the longest prefix is a binary search.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import repeat
 
 from kvstore.block import BlockKey, WorkerId
-from kvstore.events import CPU, DEVICE, BlocksRemoved, BlocksStored, Cleared, Event, TierChanged
+from kvstore.events import (
+    CPU,
+    DEVICE,
+    BlocksRemoved,
+    BlocksStored,
+    Cleared,
+    Event,
+    TierChanged,
+    keys_sum,
+    state_digest,
+)
 from kvstore.index import CachedPrefix
 
 _SWEEP = 2048
+_SEARCHES = 4
 
 
 class MemoryIndex:
@@ -28,6 +41,7 @@ class MemoryIndex:
         self._dead = 0
         self._sweep: Iterator[None] | None = None
         self._workers_of: dict[int, tuple[WorkerId, ...]] = {}
+        self._prefixes: dict[tuple[int, int], CachedPrefix] = {}
 
     def __len__(self) -> int:
         """Distinct blocks, those of dropped workers included until they are swept."""
@@ -67,7 +81,12 @@ class MemoryIndex:
             return self._match_tiers(keys)
         found: dict[WorkerId, CachedPrefix] = {}
         for depth, mask in _depths(keys, device.get, self._live):
-            found.update(dict.fromkeys(self._workers(mask), CachedPrefix(depth)))
+            workers, prefix = self._workers(mask), self._prefix(depth, 0)
+            if found:
+                for worker in workers:
+                    found[worker] = prefix
+            else:
+                found = dict.fromkeys(workers, prefix)
         return found
 
     def remove_worker(self, worker: WorkerId) -> None:
@@ -78,6 +97,11 @@ class MemoryIndex:
         """Blocks the worker holds, each tier counted."""
         slot = self._slots.get(worker)
         return 0 if slot is None else sum(slot.counts)
+
+    def digest(self, worker: WorkerId) -> int:
+        """`state_digest` of all that the worker holds; kept up with every change, so that asking is O(1)."""
+        slot = self._slots.get(worker)
+        return 0 if slot is None else state_digest(*slot.sums)
 
     def workers(self) -> list[WorkerId]:
         """All workers that have entries or had an event."""
@@ -132,36 +156,48 @@ class MemoryIndex:
         self._names[slot.bit.bit_length() - 1] = None
         self._workers_of.clear()
 
-    def _store(self, slot: _Slot, tier: int, keys: list[bytes]) -> None:
+    def _store(self, slot: _Slot, tier: int, keys: Iterable[bytes]) -> None:
         entries = self._tiers[tier]
         bit = slot.bit
-        get = entries.get
-        added = 0
-        for key in keys:
-            mask = get(key)
-            if mask is None:
-                entries[key] = bit
-                added += 1
-            elif not mask & bit:
-                entries[key] = mask | bit
-                added += 1
-        slot.counts[tier] += added
+        stored = dict.fromkeys(keys, bit)
+        fresh: Collection[bytes] = stored
+        if entries.keys().isdisjoint(stored):
+            entries.update(stored)
+        else:
+            fresh = [key for key in stored if not entries.get(key, 0) & bit]
+            for key in fresh:
+                entries[key] = entries.get(key, 0) | bit
+        slot.counts[tier] += len(fresh)
+        slot.sums[tier] += keys_sum(fresh)
         slot.touched = True
 
-    def _remove(self, slot: _Slot, tier: int, keys: list[bytes]) -> None:
+    def _store_new(self, slot: _Slot, tier: int, keys: Sequence[bytes]) -> None:
+        """As `_store`, of keys that the slot does not have: each is looked up once."""
         entries = self._tiers[tier]
         bit = slot.bit
-        get = entries.get
-        removed = 0
+        masks = list(map(entries.setdefault, keys, repeat(bit)))
+        if masks.count(bit) < len(keys):
+            for key, mask in zip(keys, masks, strict=True):
+                if mask != bit:
+                    entries[key] = mask | bit
+        slot.counts[tier] += len(keys)
+        slot.sums[tier] += keys_sum(keys)
+        slot.touched = True
+
+    def _remove(self, slot: _Slot, tier: int, keys: Iterable[bytes]) -> None:
+        entries = self._tiers[tier]
+        bit = slot.bit
+        gone: list[bytes] = []
         for key in keys:
-            mask = get(key, 0)
-            if mask == bit:
-                del entries[key]
-                removed += 1
-            elif mask & bit:
-                entries[key] = mask ^ bit
-                removed += 1
-        slot.counts[tier] -= removed
+            mask = entries.get(key, 0)
+            if mask & bit:
+                gone.append(key)
+                if mask == bit:
+                    del entries[key]
+                else:
+                    entries[key] = mask ^ bit
+        slot.counts[tier] -= len(gone)
+        slot.sums[tier] -= keys_sum(gone)
 
     def _sweeping(self) -> Iterator[None]:
         """Clears the bits of workers dropped before it began, a slice of the entries at each turn."""
@@ -191,6 +227,16 @@ class MemoryIndex:
             self._workers_of[mask] = names
         return names
 
+    def _prefix(self, device_blocks: int, cpu_blocks: int) -> CachedPrefix:
+        """Remembered, as making a frozen value takes longer than finding it."""
+        at = device_blocks, cpu_blocks
+        prefix = self._prefixes.get(at)
+        if prefix is None:
+            if len(self._prefixes) >= _SWEEP:
+                self._prefixes.clear()
+            prefix = self._prefixes[at] = CachedPrefix(device_blocks, cpu_blocks)
+        return prefix
+
     def _match_tiers(self, keys: Sequence[BlockKey]) -> dict[WorkerId, CachedPrefix]:
         """Device prefix, then what either tier adds to it."""
         device, cpu = self._tiers
@@ -201,7 +247,7 @@ class MemoryIndex:
         for depth, mask in _depths(keys, lambda key: device.get(key, 0) | cpu.get(key, 0), self._live):
             for worker in self._workers(mask):
                 first = on_device.get(worker, 0)
-                found[worker] = CachedPrefix(first, depth - first)
+                found[worker] = self._prefix(first, depth - first)
         return found
 
 
@@ -216,8 +262,8 @@ class Loading:
         self._slot = slot
 
     def store(self, tier: int, keys: list[bytes]) -> None:
-        """These blocks are resident in `tier`."""
-        self._index._store(self._slot, tier, keys)
+        """These blocks, none named before, are resident in `tier`."""
+        self._index._store_new(self._slot, tier, keys)
 
     def commit(self) -> None:
         """What was stored is now all that the worker holds."""
@@ -231,36 +277,48 @@ class Loading:
 class _Slot:
     """One life of a worker in the index: its bit, and how many blocks it holds in each tier."""
 
-    __slots__ = ("bit", "counts", "epoch", "touched")
+    __slots__ = ("bit", "counts", "epoch", "sums", "touched")
 
     def __init__(self, bit: int, epoch: int) -> None:
         self.bit = bit
         self.epoch = epoch
         self.counts = [0, 0]
+        self.sums = [0, 0]
         self.touched = False
 
 
 def _depths(keys: Sequence[BlockKey], holders: Callable[[bytes], int | None], live: int) -> list[tuple[int, int]]:
     """(depth, workers whose longest prefix is that deep), for each depth that occurs.
 
-    The set of workers that hold block n shrinks as n grows; ranges at whose ends it is equal need no look inside.
+    The set of workers that hold block n shrinks as n grows, so where the next of them ends is a binary search. Where
+    many end at different depths, looking at every block is faster.
     """
-    at_start = (holders(keys[0]) or 0) & live
-    if not at_start:
+    held = (holders(keys[0]) or 0) & live
+    if not held:
         return []
     last = len(keys) - 1
-    at_end = (holders(keys[last]) or 0) & at_start
-    found = [(len(keys), at_end)] if at_end else []
-    ranges = [(0, at_start, last, at_end)] if at_start != at_end else []
-    while ranges:
-        low, at_low, high, at_high = ranges.pop()
-        if high - low == 1:
-            found.append((high, at_low & ~at_high))
-            continue
-        middle = (low + high) >> 1
-        at_middle = (holders(keys[middle]) or 0) & at_low | at_high
-        if at_low != at_middle:
-            ranges.append((low, at_low, middle, at_middle))
-        if at_middle != at_high:
-            ranges.append((middle, at_middle, high, at_high))
+    to_the_end = (holders(keys[last]) or 0) & held
+    found = [(last + 1, to_the_end)] if to_the_end else []
+    at = 0
+    searches = 0
+
+    def has_fewer(key: bytes) -> bool:
+        return (holders(key) or 0) & held != held
+
+    while held != to_the_end and searches < _SEARCHES:
+        searches += 1
+        at = bisect_left(keys, True, at + 1, last, key=has_fewer)
+        still = (holders(keys[at]) or 0) & held | to_the_end
+        found.append((at, held ^ still))
+        held = still
+    if held == to_the_end:
+        return found
+    masks = list(map(holders, keys[at + 1 :]))
+    where = 0
+    for mask in dict.fromkeys(masks):
+        still = (mask or 0) & held | to_the_end
+        if still != held:
+            where = masks.index(mask, where)
+            found.append((at + 1 + where, held ^ still))
+            held = still
     return found

@@ -34,7 +34,8 @@ class Pins:
         return len(self._pins)
 
     def pin(self, name: str, regions: Sequence[Region], token_ids: array[int], until: float) -> int:
-        """Hold what is cached of these tokens until the time `until`; how many tokens that is, in full blocks.
+        """Hold what is cached of these tokens until the time `until`; how many tokens that is: in full
+        blocks, and the end of a published head.
 
         It replaces an earlier pin of the name. What is not cached yet, or over the budget, is left out: pin again when
         it has been computed.
@@ -45,6 +46,8 @@ class Pins:
         table = BlockTable(self._pool, regions, no_store=True)
         limit = min(len(token_ids), room * self._pool.block_size)
         num_tokens = table.attach_blocks(token_ids, limit, hit=False) if limit > 0 else 0
+        if limit == len(token_ids):
+            num_tokens += table.attach_end(token_ids)
         if num_tokens:
             self._pool.num_holders -= 1  # a pin is no sequence: who runs beside it is alone
             self._pins[name] = _Pin(table, self._pool.account(regions[0].root), until)

@@ -56,7 +56,7 @@ class Owner:
 class Ledger:
     """All accounts of one pool. An owner without quota and charge is forgotten."""
 
-    __slots__ = ("_floors", "_num_blocks", "_owners", "_publishers", "num_held", "unmet")
+    __slots__ = ("_floors", "_num_blocks", "_owners", "_publishers", "num_held", "over", "unmet")
 
     def __init__(self, num_blocks: int) -> None:
         self._num_blocks = num_blocks
@@ -66,6 +66,8 @@ class Ledger:
         self.num_held = 0
         self.unmet = 0
         """What owners could still hold under their floors, summed."""
+        self.over: dict[Owner, None] = {}
+        """Owners that may be over their ceilings."""
 
     def owner(self, root: ScopeRoot | None) -> Owner:
         """The account that is charged for blocks of this scope."""
@@ -112,6 +114,14 @@ class Ledger:
         self.unmet -= max(0, floor - owner.held)
         owner.held += count
         self.unmet += max(0, floor - owner.held)
+
+    def recharge(self, owner: Owner, change: int) -> None:
+        """So many more blocks stand for the owner."""
+        owner.charge += change
+        if owner.quota is None:
+            self.forget_if_empty(owner)
+        elif owner.excess:
+            self.over[owner] = None
 
     def leaves_floors(self, wanted: Mapping[Owner, int]) -> bool:
         """Whether all floors could still be held if owners held so many blocks more."""

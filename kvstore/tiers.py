@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from itertools import islice
 
 from kvstore.block import NO_CONTENT, BlockId, BlockKey, BrokenInvariant, Purged
 from kvstore.block_key import TOKEN_BYTES, token_bytes
@@ -81,6 +82,8 @@ class TierCounts:
     corrupt: int = 0
     void: int = 0
     """Copies whose source had lost its content when the answer came."""
+    received: int = 0
+    """From other workers."""
     recomputed: int = 0
     """Blocks found in the CPU tier and not loaded, because computing is cheaper."""
 
@@ -114,6 +117,8 @@ class Tiers:
         self._pending = _Pending()
         self._checksums: dict[int, int] = {}  # content number -> checksum
         device.is_only_tier = cpu.is_only_tier = False
+        self._uncopied: dict[int, BlockId] = {}
+        device.contents.uncopied = self._uncopied
         device.on_forget = self._device_forgot
         device.known_elsewhere = self._cpu_number
         cpu.on_forget = self._cpu_forgot
@@ -121,12 +126,20 @@ class Tiers:
     # Device to CPU
 
     def demote(self) -> int:
-        """Order copies of the blocks that are evicted next and have none; how many. Call it once a step."""
+        """Order copies of the blocks that are evicted next and have none; how many. For the time between two steps.
+
+        Where fewer are cached than it looks ahead, sealed blocks in use come next, the oldest first: when those are
+        given back, they may be evicted at once. A tier smaller than the device would drop them again before that.
+        """
         room = self._max_demotions - len(self._demotions)
         if room <= 0 or self.device.num_free >= self._max_demotions:
             return 0
+        ahead = LOOK_AHEAD * self._max_demotions
+        blocks = self.device.next_to_evict(ahead)
+        if self.cpu.num_blocks > self.device.num_blocks:
+            blocks += islice(self._uncopied.values(), ahead - len(blocks))
         ordered = 0
-        for block in self.device.next_to_evict(LOOK_AHEAD * self._max_demotions):
+        for block in blocks:
             if ordered == room:
                 break
             ordered += self._demote(block)
@@ -134,6 +147,9 @@ class Tiers:
 
     def _demote(self, block: BlockId) -> bool:
         content, number = self.device.contents.of(block), self.device.number(block)
+        self._uncopied.pop(number, None)
+        if block in self.device.contents.ends:
+            return False
         if number in self._demoting or self.cpu.contents.holds(content.key, number):
             return False
         if content.key in self.cpu.contents.by_key or not self._has_room(content.root):
@@ -172,6 +188,45 @@ class Tiers:
             self.device.end_transfer(order.source)  # last: it may evict the source and what it hangs below
         self.cpu.release((order.target,))
         return stored
+
+    # Other workers
+
+    def number_of(self, content: Content) -> int:
+        """The number of this very content in whichever tier has it; NO_CONTENT if none does."""
+        for pool in (self.device, self.cpu):
+            block = pool.contents.find(*content)
+            if block is not None:
+                return pool.number(block)
+        return NO_CONTENT
+
+    def copy(self, content: Content, number: int) -> bool:
+        """Have a content of the device in the CPU tier too; whether such a copy is on its way."""
+        if number in self._demoting:
+            return True
+        block = self.device.contents.find(*content)
+        return block is not None and self.device.number(block) == number and self._demote(block)
+
+    def make_room(self, root: ScopeRoot) -> list[BlockId] | None:
+        """One empty CPU block for what comes from elsewhere, charged to the owner of `root`; None if there is none."""
+        return self.cpu.allocate(1, root) if self._has_room(root) else None
+
+    def take_in(self, block: BlockId, content: Content, parent_key: BlockKey | None) -> int:
+        """A CPU block was written with what another worker had: its content number, NO_CONTENT if it has no place.
+
+        Its parent, if it has one, must be in one of the tiers still. If the content is here already, that one stays.
+        """
+        here = self.number_of(content)
+        if self.cpu.contents.holds(content.key, here):
+            return here
+        pools = (self.device, self.cpu)
+        if parent_key is not None and not any(pool.contents.holds(parent_key, content.parent) for pool in pools):
+            return NO_CONTENT
+        if self.cpu.seal_as(block, content, here) != block:
+            return NO_CONTENT
+        number = self.cpu.number(block)
+        self._checksums[number] = 0
+        self.counts.received += 1
+        return number
 
     # CPU to device
 
@@ -300,6 +355,8 @@ class Tiers:
                 raise BrokenInvariant("a block of the CPU tier outlived its parent in both tiers")
             if self._checksums.keys() != set(self.cpu.contents.numbers) - {NO_CONTENT}:
                 raise BrokenInvariant("the checksums are not those of the CPU tier's blocks")
+            if any(self.device.number(block) != number for number, block in self._uncopied.items()):
+                raise BrokenInvariant("a block to be copied has lost its content")
 
     def _next_id(self) -> int:
         self._last_id += 1

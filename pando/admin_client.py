@@ -47,6 +47,12 @@ class AdminClient:
         totals: admin_pb2.GetStatsResponse = self._call(self._stub.GetStats, admin_pb2.GetStatsRequest())
         return totals
 
+    def explain(self, request_id: str) -> admin_pb2.ExplainPlacementResponse:
+        """Where the router placed a recent request, and what each worker would have cost."""
+        request = admin_pb2.ExplainPlacementRequest(request_id=request_id)
+        placement: admin_pb2.ExplainPlacementResponse = self._call(self._stub.ExplainPlacement, request)
+        return placement
+
     def close(self) -> None:
         """Close the connection."""
         self._channel.close()

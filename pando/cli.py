@@ -32,6 +32,7 @@ _COMMANDS = (
     _Command("chat", "pando.commands.talk", "hold a conversation, a message a line"),
     _Command("prefixes", "pando.commands.prefixes", "list, publish or delete prompt heads that are shared"),
     _Command("status", "pando.commands.look", "show workers, tenants and totals of a running fleet"),
+    _Command("explain", "pando.commands.look", "show why a recent request went to its worker"),
     _Command(
         "demo", "pando.commands.demo", "run a multi-tenant workload on two workers, with prefix reuse and without"
     ),

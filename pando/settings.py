@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote, urlencode
 
 from pando.errors import ConfigError
 
@@ -31,6 +32,9 @@ class FleetSettings:
 
     model: str = option("pando-tiny", "model folder, 'pando-tiny', or a Hugging Face hub id")
     redis: str = option("", "Redis URL; empty starts one of our own where the command allows it", secret=True)
+    redis_ca: str = option("", "file of the CA of a rediss:// server's certificate; empty takes the system's")
+    redis_cert: str = option("", "file of the client certificate for a rediss:// server that asks for one")
+    redis_key: str = option("", "file of that certificate's key")
     cluster: str = option("pando", "name of the fleet: the namespace of its keys in Redis and of its Ray actors")
     block_size: int = option(16, "token positions in a KV block")
     link_token: str = option("", "bearer token of the workers' ports; needed off loopback", secret=True)
@@ -38,6 +42,22 @@ class FleetSettings:
     def __post_init__(self) -> None:
         if not (self.link_token.isascii() and self.link_token.isprintable()) or " " in self.link_token:
             raise ConfigError("the link token must be printable ASCII without spaces")
+        if self._tls_files() and not self.redis.startswith("rediss://"):
+            raise ConfigError("redis_ca, redis_cert and redis_key are for a rediss:// URL")
+        if bool(self.redis_cert) != bool(self.redis_key):
+            raise ConfigError("redis_cert and redis_key go together")
+
+    @property
+    def redis_url(self) -> str:
+        """The URL as a Redis client takes it: the files for TLS are part of it."""
+        files = self._tls_files()
+        if not files:
+            return self.redis
+        return f"{self.redis}{'&' if '?' in self.redis else '?'}{urlencode(files)}"
+
+    def _tls_files(self) -> dict[str, str]:
+        named = {"ssl_ca_certs": self.redis_ca, "ssl_certfile": self.redis_cert, "ssl_keyfile": self.redis_key}
+        return {name: file for name, file in named.items() if file}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +88,11 @@ class WorkerSettings(FleetSettings):
     simulated_prefill_tokens_per_s: float = option(20000.0, "simulated runner: prefill rate")
     simulated_step_ms: float = option(1.0, "simulated runner: fixed cost of a step")
 
+    @property
+    def redis_url(self) -> str:
+        """As of every process, with the id of this worker for `{worker_id}`: each may be a Redis user of its own."""
+        return super().redis_url.replace("{worker_id}", quote(self.worker_id, safe=""))
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterSettings(FleetSettings):
@@ -87,6 +112,9 @@ class RouterSettings(FleetSettings):
     max_request_s: float = option(600.0, "longest a request may take; a client's deadline can be shorter")
     max_in_flight: int = option(1024, "most requests one router serves at once")
     tokenizer_threads: int = option(2, "threads that tokenize")
+    processes: int = option(1, "router processes on the one gRPC port; HTTP and admin ports go up by 2 for each")
+    reuse_port: str = option("off", "share the gRPC port with other routers of this user", choices=("on", "off"))
+    tenant_metrics: int = option(256, "tenants that /metrics tells apart; all others are counted together")
 
 
 @dataclass(frozen=True, kw_only=True)

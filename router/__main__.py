@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=PROG,
         description="Run one router of a Pando fleet.",
     )
+    if settings.processes != 1:
+        fail(PROG, "this is one process: `pando router --processes N` starts several")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         asyncio.run(_serve(settings, as_json="json" in switches))

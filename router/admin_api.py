@@ -10,14 +10,18 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from kvstore.scope import TenantId
-from pando.errors import Unsupported
+from pando.errors import InvalidRequest, NotFound, Unsupported
 from pando.v1 import admin_pb2 as pb
 from pando.v1 import admin_pb2_grpc
+from pando.v1.inference_pb2 import GenerateRequest
 from router.admission import Admission
 from router.fleet import WorkerState, WorkerView
 from router.interceptors import Call
 from router.metrics import Metrics
+from router.placement import Placement, Terms
 from router.purging import PurgeReport
+from router.recent import Recent
+from router.tenants import is_tenant_name
 
 _STATES = {
     WorkerState.CONNECTING: pb.WORKER_STATE_CONNECTING,
@@ -39,6 +43,8 @@ class RouterView:
     index_connected: Callable[[], bool]
     uptime_s: Callable[[], float]
     purge: Callable[[TenantId], Awaitable[PurgeReport]]
+    recent: Callable[[str], Recent | None]
+    explain: Callable[[TenantId, GenerateRequest], Awaitable[Placement]]
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
@@ -95,7 +101,16 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         )
 
     async def ExplainPlacement(self, request: pb.ExplainPlacementRequest, call: Call) -> pb.ExplainPlacementResponse:
-        raise Unsupported("explaining a placement is not served by this version")
+        if request.request_id:
+            recent = self._view.recent(request.request_id)
+            if recent is None:
+                raise NotFound("no recent request of this router has this id")
+            return _explained(recent)
+        if not is_tenant_name(request.tenant):
+            raise InvalidRequest("tenant is not the name of one")
+        kind = request.WhichOneof("prompt")
+        asked = GenerateRequest() if kind is None else GenerateRequest(**{kind: getattr(request, kind)})
+        return _explained(Recent(0, await self._view.explain(TenantId(request.tenant), asked)))
 
 
 def _worker(worker: WorkerView) -> pb.Worker:
@@ -115,4 +130,38 @@ def _worker(worker: WorkerView) -> pb.Worker:
         prefill_tokens_per_s=worker.prefill_tokens_per_s,
         indexed_blocks=worker.indexed_blocks,
         reason=worker.reason,
+    )
+
+
+def _explained(recent: Recent) -> pb.ExplainPlacementResponse:
+    placement = recent.placement
+    response = pb.ExplainPlacementResponse(
+        worker=placement.worker or "",
+        reason=placement.reason,
+        prompt_tokens=placement.num_tokens,
+        candidates=[_candidate(terms) for terms in placement.terms],
+        attempt=recent.attempt,
+        retry_after_s=placement.retry_after_s,
+    )
+    response.candidates.extend(pb.PlacementCandidate(worker=w, excluded=reason) for w, reason in placement.excluded)
+    if recent.found_cached is not None:
+        response.found_cached_tokens = recent.found_cached
+    return response
+
+
+def _candidate(terms: Terms) -> pb.PlacementCandidate:
+    return pb.PlacementCandidate(
+        worker=terms.worker,
+        plan=terms.plan,
+        cached_tokens=terms.cached_tokens,
+        expected_cached_tokens=terms.expected_cached,
+        queue_s=terms.queue_s,
+        slot_s=terms.slot_s,
+        step_s=terms.step_s,
+        plan_s=terms.plan_s,
+        decode_s=terms.decode_s,
+        behind_s=terms.behind_s,
+        eviction_s=terms.eviction_s,
+        ttft_s=terms.ttft_s,
+        total_s=terms.total_s,
     )

@@ -1,7 +1,7 @@
 """The story of a request once it is checked and tokenized: place it, send it, hand its tokens on.
 
-Knows no text and no gRPC. Invariant: a client gets each token index once and in order, from the current attempt only,
-and whatever way the story ends, its reservation is given back once and the worker is told.
+Knows no text and no gRPC. Invariant: a client gets each token index of an answer once and in order, from the current
+attempt only, and whatever way the story ends, its reservation is given back once and the worker is told.
 """
 
 from __future__ import annotations
@@ -10,42 +10,40 @@ import asyncio
 import logging
 import uuid
 from array import array
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from kvstore.block import BlockKey, WorkerId
 from kvstore.block_key import block_keys, token_bytes
 from kvstore.scope import TenantId
-from pando.errors import (
-    DeadlineExceeded,
-    InternalError,
-    InvalidRequest,
-    ResourceExhausted,
-    Unavailable,
-)
+from pando.errors import InternalError, Unavailable
 from router.fleet import Fleet, FleetModel
 from router.link_messages import AdmissionReport, LinkOutput, SamplingChoice, Submission
-from router.member import CONTEXT_LENGTH, KV_CAPACITY, QUEUE_FULL, TRIED, Ask, Reservation
+from router.member import Ask, Reservation
 from router.placement import Placement, Prompt
 from router.prefix_catalog import PrefixRecord
+from router.recent import RecentPlacements
+from router.refusals import RETRY_AFTER_S, deadline_exceeded, no_worker, queues_full, raise_if_hopeless, too_long
 from router.scopes import Cover, Scopes
 from router.tenants import NO_QUOTA, KvQuota
 from router.worker_link import LinkStream, WorkerLost
 
-__all__ = ["AdmissionReport", "Dispatch", "SamplingChoice", "TokenDelta", "TokenRequest"]
+__all__ = ["AdmissionReport", "Dispatch", "SamplingChoice", "Story", "TokenDelta", "TokenRequest"]
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-RETRY_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
     """A checked request. `deadline` is a time of the event loop's clock.
 
-    `groups` and `quota` are the tenant's. `warming` is set on the request that computes a published prefix, which is
-    then its whole prompt; `only` names the one worker that shall run a request.
+    `groups`, `ttft_s` (its time to first token, 0 for none), `quota` and `weight` are the tenant's. `warming` is set on
+    the request that computes a published prefix, which is then its whole prompt; `only` names the one worker that shall
+    run a request. Each of `fork_seeds` asks for one more answer: its own but for the prompt, which is computed once for
+    all.
     """
 
     request_id: str
@@ -56,17 +54,20 @@ class TokenRequest:
     priority: int = 0
     no_store: bool = False
     groups: tuple[str, ...] = ()
+    ttft_s: float = 0.0
     quota: KvQuota = NO_QUOTA
+    weight: int = 1
     warming: PrefixRecord | None = None
     only: WorkerId | None = None
+    fork_seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TokenDelta:
-    """New tokens of the answer: `token_ids[0]` is generated token number `first_index`.
+    """New tokens of answer `index`: `token_ids[0]` is its generated token number `first_index`.
 
-    `finish` is "stop" or "length" on the last delta; a story that ends otherwise raises. `admission` comes with the
-    first delta. `predicted_cached` is how many prompt tokens the router thought the worker held.
+    `finish` is "stop" or "length" on an answer's last delta; a story that ends otherwise raises. `admission` comes with
+    the first delta of all. `predicted_cached` is how many prompt tokens the router thought the worker held.
     """
 
     first_index: int
@@ -77,6 +78,7 @@ class TokenDelta:
     worker: str
     attempts: int
     predicted_cached: int
+    index: int = 0
 
 
 class Dispatch:
@@ -86,55 +88,100 @@ class Dispatch:
     """
 
     def __init__(self, fleet: Fleet, scopes: Scopes, *, ready_grace_s: float = 5.0) -> None:
+        self.recent = RecentPlacements()
         self._fleet = fleet
         self._scopes = scopes
         self._ready_grace_s = ready_grace_s
 
-    async def stream(self, request: TokenRequest) -> AsyncIterator[TokenDelta]:
-        """The answer as it comes; raises `pando.errors`. Closing or cancelling this cancels at the worker."""
-        story = _Story(self._fleet, self._scopes, request, self._ready_grace_s)
-        try:
-            while True:
-                delta = await story.next_delta()
-                yield delta
-                if delta.finish is not None:
-                    return
-        finally:
-            story.leave()
+    def explain(self, request: TokenRequest) -> Placement:
+        """Where the request would go now, without sending it."""
+        return self.stream(request).explain()
+
+    def stream(self, request: TokenRequest) -> Story:
+        """The answers as they come. Closing the story, or cancelling who waits for it, cancels at the worker."""
+        return Story(self._fleet, self._scopes, self.recent, request, self._ready_grace_s)
 
 
-class _Story:
-    """One request on its way: at most one attempt at a time holds a reservation and a stream."""
+@dataclass(slots=True)
+class _Answer:
+    """How far one answer is: tokens given to the reader, and whether more will follow."""
 
-    def __init__(self, fleet: Fleet, scopes: Scopes, request: TokenRequest, ready_grace_s: float) -> None:
+    seed: int
+    next_index: int = 0
+    is_over: bool = False
+
+
+class Story:
+    """One request on its way: at most one attempt at a time holds a reservation and a stream.
+
+    An iterator of deltas that raises `pando.errors`. Whoever does not read it to its end closes it.
+    """
+
+    def __init__(
+        self, fleet: Fleet, scopes: Scopes, recent: RecentPlacements, request: TokenRequest, ready_grace_s: float
+    ) -> None:
         self._fleet = fleet
         self._scopes = scopes
+        self._recent = recent
         self._request = request
         self._loop = asyncio.get_running_loop()
         self._wait_until = min(request.deadline, self._loop.time() + ready_grace_s)
         self._attempt = 0
-        self._next_index = 0
+        self._answers = [_Answer(seed) for seed in (request.sampling.seed, *request.fork_seeds)]
+        self._running: list[int] = []  # the answers of the newest attempt, in the order of its stream's sequences
         self._place: tuple[WorkerId, int] = (WorkerId(""), 0)  # worker and epoch of the newest attempt
         self._tried: set[tuple[WorkerId, int]] = set()
         self._failure: LinkOutput | None = None
         self._reservation: Reservation | None = None
         self._stream: LinkStream | None = None
+        self._deltas: deque[TokenDelta] = deque()
 
-    async def next_delta(self) -> TokenDelta:
+    def __aiter__(self) -> Story:
+        return self
+
+    async def __anext__(self) -> TokenDelta:
         """The next tokens, from whichever attempt gets that far."""
-        while True:
-            try:
-                if self._failure is not None:
-                    self._fail(self._failure)
-                stream = self._stream or await self._begin()
-                delta = self._accept(await self._take(stream))
-            except WorkerLost:
-                self._after_loss()
-                continue
-            if delta is not None:
-                return delta
+        try:
+            while not self._deltas:
+                if not self._open():
+                    raise StopAsyncIteration
+                await self._advance()
+        except BaseException:
+            self._close()
+            raise
+        return self._deltas.popleft()
 
-    def leave(self) -> None:
+    def drop(self, index: int) -> None:
+        """Want no more of one answer. Idempotent, never waits."""
+        answer = self._answers[index]
+        if answer.is_over:
+            return
+        if self._stream is not None and self._reservation is not None:
+            self._reservation.link.cancel(self._stream, self._running.index(index))
+        self._end(answer)
+
+    async def aclose(self) -> None:
+        """Want no more at all. Idempotent, never waits."""
+        self._close()
+
+    def _close(self) -> None:
+        for answer in self._answers:
+            answer.is_over = True
+        self._deltas.clear()
+        self._leave()
+
+    def _open(self) -> list[int]:
+        return [index for index, answer in enumerate(self._answers) if not answer.is_over]
+
+    def _end(self, answer: _Answer) -> None:
+        """Nothing more will come of an answer; with the last one the place is given back."""
+        answer.is_over = True
+        if not self._open():
+            self._leave()
+        elif self._reservation is not None:
+            self._reservation.end_answer()
+
+    def _leave(self) -> None:
         """End the present attempt: the worker is told, the place given back. Idempotent, never waits."""
         reservation, self._reservation = self._reservation, None
         stream, self._stream = self._stream, None
@@ -147,8 +194,8 @@ class _Story:
 
     async def _begin(self) -> LinkStream:
         self._attempt += 1
-        self._failure = None
-        request = self._request
+        request, self._running = self._request, self._open()
+        seed, *fork_seeds = (self._answers[index].seed for index in self._running)
         cover, self._reservation = await self._reserve()
         self._place = self._reservation.worker, self._reservation.epoch
         self._stream = self._reservation.link.submit(
@@ -159,11 +206,13 @@ class _Story:
                 num_prompt_tokens=len(request.token_ids),
                 regions=cover.regions,
                 owners=cover.owners,
-                sampling=request.sampling,
+                sampling=replace(request.sampling, seed=seed),
                 priority=request.priority,
                 timeout_s=request.deadline - self._loop.time(),
                 no_store=request.no_store,
                 quota=request.quota,
+                weight=request.weight,
+                fork_seeds=tuple(fork_seeds),
             )
         )
         return self._stream
@@ -176,22 +225,32 @@ class _Story:
             if model is not None:
                 cover, ask = self._ask(model)
                 answer = self._fleet.reserve(ask)
+                placement = answer.placement if isinstance(answer, Reservation) else answer
+                self._recent.add(self._request.request_id, self._attempt, placement)
                 if isinstance(answer, Reservation):
                     return cover, answer
-                _raise_if_hopeless(answer)
+                raise_if_hopeless(answer)
             left = self._wait_until - self._loop.time()
             if left <= 0 or not await self._fleet.wait_ready(left):
                 self._check_deadline()
-                raise Unavailable("no worker is ready", reason="NO_WORKER", retry_after_s=RETRY_AFTER_S)
+                raise no_worker()
+
+    def explain(self) -> Placement:
+        """Where the next attempt would go."""
+        model = self._fleet.model_spec
+        if model is None:
+            raise no_worker()
+        return self._fleet.explain(self._ask(model)[1])
 
     def _ask(self, model: FleetModel) -> tuple[Cover, Ask]:
         request = self._request
         cover = self._cover(model)
         keys = block_keys(cover.regions, request.token_ids, model.block_size)
         tie_key = self._tie_key(cover, keys, model.block_size)
-        prompt = Prompt(len(request.token_ids), request.sampling.max_tokens, tie_key)
+        prompt = Prompt(len(request.token_ids), request.sampling.max_tokens, tie_key, request.ttft_s)
         tried = frozenset(self._tried)
-        return cover, Ask(prompt, keys, stores=not request.no_store, avoid=tried, only=request.only)
+        stores, answers = not request.no_store, len(self._running)
+        return cover, Ask(prompt, keys, stores=stores, avoid=tried, only=request.only, num_answers=answers)
 
     def _cover(self, model: FleetModel) -> Cover:
         request = self._request
@@ -212,51 +271,74 @@ class _Story:
             async with asyncio.timeout_at(self._request.deadline):
                 return await stream.take()
         except TimeoutError:
-            raise _deadline_exceeded() from None
+            raise deadline_exceeded() from None
 
     def _check_deadline(self) -> None:
         if self._loop.time() >= self._request.deadline:
-            raise _deadline_exceeded()
+            raise deadline_exceeded()
 
     # What comes back
 
-    def _accept(self, outputs: list[LinkOutput]) -> TokenDelta | None:
-        """Fence, merge and book outputs; None if there was nothing new in them."""
-        reservation = self._reservation
+    async def _advance(self) -> None:
+        """Take what the present attempt has to say, or begin one."""
+        try:
+            if self._failure is not None:
+                self._fail(self._failure)
+            stream = self._stream or await self._begin()
+            outputs = await self._take(stream)
+        except WorkerLost:
+            self._after_loss()
+            return
+        for fork, index in enumerate(self._running):
+            said = [output for output in outputs if output.fork == fork]
+            if said and not self._answers[index].is_over:
+                self._accept(index, said)
+        if self._failure is not None:
+            self._leave()
+
+    def _accept(self, index: int, outputs: list[LinkOutput]) -> None:
+        """Fence, merge and book outputs of one answer."""
+        reservation, answer = self._reservation, self._answers[index]
         assert reservation is not None, "outputs belong to an attempt"
-        first_index = self._next_index
+        first_index = answer.next_index
         token_ids: tuple[int, ...] = ()
         admission: AdmissionReport | None = None
         end: LinkOutput | None = None
         for output in outputs:
-            if not self._is_next(output):
+            if not self._is_next(output, answer.next_index):
                 continue
             token_ids += output.token_ids
-            self._next_index += len(output.token_ids)
+            answer.next_index += len(output.token_ids)
             admission = admission or output.admission
             end = output if output.finish is not None else None
         if token_ids:
-            reservation.started()
-        delta = TokenDelta(
-            first_index=first_index,
-            token_ids=token_ids,
-            finish=end.finish if end is not None and end.finish in ("stop", "length") else None,
-            stop_token_id=end.stop_token_id if end is not None else None,
-            admission=admission,
-            worker=reservation.worker,
-            attempts=self._attempt,
-            predicted_cached=reservation.placement.predicted_cached,
-        )
-        if end is not None:
-            self.leave()
-            self._failure = end if delta.finish is None else None
-        return delta if token_ids or delta.finish is not None else None
+            reservation.started(admission)
+        if admission is not None:
+            self._recent.found(self._request.request_id, admission.cached_tokens)
+        finish = end.finish if end is not None and end.finish in ("stop", "length") else None
+        if token_ids or finish is not None:
+            delta = TokenDelta(
+                first_index=first_index,
+                token_ids=token_ids,
+                finish=finish,
+                stop_token_id=end.stop_token_id if end is not None else None,
+                admission=admission,
+                worker=reservation.worker,
+                attempts=self._attempt,
+                predicted_cached=reservation.placement.predicted_cached,
+                index=index,
+            )
+            self._deltas.append(delta)
+        if finish is not None:
+            self._end(answer)
+        elif end is not None:
+            self._failure = self._failure or end
 
-    def _is_next(self, output: LinkOutput) -> bool:
+    def _is_next(self, output: LinkOutput, next_index: int) -> bool:
         """Whether this is the current attempt's next output; one that leaves a gap ends the story."""
-        if output.attempt != self._attempt or output.first_index < self._next_index:
+        if output.attempt != self._attempt or output.first_index < next_index:
             return False
-        if output.first_index > self._next_index:
+        if output.first_index > next_index:
             raise self._defect("a worker skipped a token")
         return True
 
@@ -266,7 +348,9 @@ class _Story:
         """Raise what the worker's end means: an error for the client, or `WorkerLost` where another may do it."""
         match end.finish, end.reason:
             case "deadline", _:
-                raise _deadline_exceeded()
+                raise deadline_exceeded()
+            case "cancelled", "PURGED":
+                raise Unavailable("the tenant's cache was purged while this ran", reason="PURGED")
             case ("rejected", "DRAINING") | ("error", "WORKER_STOPPED") | ("cancelled", _):
                 self._fleet.note_draining(*self._place)
                 raise WorkerLost
@@ -274,20 +358,20 @@ class _Story:
                 self._tried.add(self._place)
                 raise WorkerLost
             case "rejected", ("CONTEXT_LENGTH" | "KV_CAPACITY"):
-                raise _too_long(end.reason)
+                raise too_long(end.reason)
         raise self._defect(f"worker {self._place[0]} ended it as {end.finish}, {end.reason}")
 
     def _after_loss(self) -> None:
         """Go on with another attempt, or raise. What a client has begun to read cannot be begun again."""
-        self.leave()
+        self._leave()
         self._failure = None
-        if self._next_index:
+        if any(self._answers[index].next_index for index in self._open()):
             raise Unavailable(
                 "the worker was lost and the answer is incomplete", reason="WORKER_LOST", retry_after_s=RETRY_AFTER_S
             )
         if self._attempt >= MAX_ATTEMPTS:
             if self._tried:
-                raise _queues_full()
+                raise queues_full()
             raise Unavailable("no worker kept the request", reason="WORKER_LOST", retry_after_s=RETRY_AFTER_S)
         logger.info("request %s goes to another worker, attempt %d", self._request.request_id, self._attempt + 1)
 
@@ -295,27 +379,3 @@ class _Story:
         error_id = uuid.uuid4().hex[:12]
         logger.error("error %s: request %s: %s", error_id, self._request.request_id, what)
         return InternalError("the worker failed at this request", error_id=error_id)
-
-
-def _raise_if_hopeless(placement: Placement) -> None:
-    """Waiting for a worker helps only where none that is ready has said no."""
-    reasons = {reason for _, reason in placement.excluded}
-    if reasons & {QUEUE_FULL, TRIED}:
-        raise _queues_full()
-    for reason in (KV_CAPACITY, CONTEXT_LENGTH):
-        if reason in reasons:
-            raise _too_long(reason.upper().replace(" ", "_"))
-
-
-def _deadline_exceeded() -> DeadlineExceeded:
-    return DeadlineExceeded("the deadline passed before the answer was complete")
-
-
-def _queues_full() -> ResourceExhausted:
-    return ResourceExhausted("every worker's queue is full", reason="QUEUE_FULL", retry_after_s=RETRY_AFTER_S)
-
-
-def _too_long(reason: str) -> InvalidRequest:
-    if reason == "CONTEXT_LENGTH":
-        return InvalidRequest("prompt and max_tokens are over the model's context", reason=reason)
-    return InvalidRequest("no worker has enough KV blocks for prompt and max_tokens", reason=reason)

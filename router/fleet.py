@@ -16,13 +16,15 @@ from pathlib import PurePath
 
 from kvstore.block import BlockKey, WorkerId
 from kvstore.block_key import key_fingerprint
+from kvstore.events import BlocksRemoved
 from kvstore.lease import Lease
 from kvstore.memory_index import MemoryIndex
 from kvstore.mirror import Mirror
 from kvstore.scope import ScopeRoot
+from router.board import Board
 from router.link_messages import PinOrder, Purged, WorkerHello
-from router.member import Ask, Clock, Member, Reservation, WorkerState
-from router.placement import Placement, Policy, place
+from router.member import Ask, Clock, FirstOutput, Member, Reservation, WorkerState
+from router.placement import Candidate, Placement, Policy
 from router.worker_link import WorkerLink
 
 __all__ = ["Ask", "Fleet", "FleetModel", "Reservation", "WorkerState", "WorkerView"]
@@ -91,6 +93,7 @@ class Fleet:
         self._clock = clock
         self._link_type = link_type
         self._members: dict[WorkerId, Member] = {}
+        self._board = Board(block_size, clock())
         self._adopted: FleetModel | None = None
         self._ready = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()
@@ -122,7 +125,7 @@ class Fleet:
 
     @property
     def num_reserved(self) -> int:
-        """Requests of this router that hold a place at a worker of the fleet."""
+        """Answers of this router that hold a place at a worker of the fleet."""
         return sum(member.num_open for member in self._members.values())
 
     async def wait_ready(self, timeout_s: float) -> bool:
@@ -142,17 +145,24 @@ class Fleet:
         """Choose a worker and hold a place there; the `Placement` alone, with its reasons, where none can take it."""
         now = self._clock()
         found = self._index.match(ask.keys)
-        candidates = []
-        for worker, member in self._members.items():
-            cached = found.get(worker)
-            candidates.append(member.candidate(ask, cached.device_blocks if cached else 0, now))
-        placement = place(ask.prompt, candidates, self._policy, self._turn)
+        placement = self._board.decide(ask, found, now, (self._policy, self._turn))
         if placement.worker is None:
             return placement
         self._turn += 1
         held = found.get(placement.worker)
-        keys = ask.keys[held.device_blocks if held else 0 :] if ask.stores else ()
-        return self._members[placement.worker].open(placement, keys, self._clock)
+        reservation = self._members[placement.worker].open(
+            placement, ask, held.device_blocks if held else 0, self._clock
+        )
+        self._board.placed(placement, ask.keys if ask.stores else (), now)
+        return reservation
+
+    def explain(self, ask: Ask) -> Placement:
+        """What `reserve` would decide, without reserving."""
+        return self._board.decide(ask, self._index.match(ask.keys), self._clock(), (self._policy, self._turn))
+
+    def candidates(self, ask: Ask) -> list[Candidate]:
+        """Every worker as placement sees it, in order of its name."""
+        return self._board.candidates(ask, self._index.match(ask.keys), self._clock())
 
     def holders(self, keys: Sequence[BlockKey]) -> dict[WorkerId, int]:
         """For each ready worker, how many leading blocks of a chain it holds, on any tier."""
@@ -186,6 +196,7 @@ class Fleet:
         member = self._members.get(worker)
         if member is not None and member.lease.epoch == epoch:
             member.said_draining = True
+            self._board.touch(member)
             self._update_ready()
 
     # Leases and links
@@ -197,10 +208,18 @@ class Fleet:
         elif member is not None and member.life == (lease.epoch, lease.pid, lease.address):
             member.lease = lease
             member.ended = False
+            self._board.touch(member)
             self._update_ready()
         else:
             self._drop(worker)
-            self._members[worker] = Member(lease, self._new_link(lease))
+            self._members[worker] = Member(
+                lease,
+                self._new_link(lease),
+                self._board.heads,
+                on_change=self._board.touch,
+                on_first=self._first_output,
+            )
+            self._board.set_members(self._members.values())
             self._judge()
 
     def _lease_ended(self, worker: WorkerId, member: Member | None) -> None:
@@ -219,16 +238,27 @@ class Fleet:
     def _drop(self, worker: WorkerId) -> None:
         member = self._members.pop(worker, None)
         if member is not None:
+            self._board.set_members(self._members.values())
             task = asyncio.create_task(member.link.stop())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
     def _link_changed(self, worker: WorkerId) -> None:
         member = self._members.get(worker)
+        if member is not None:
+            self._board.touch(member)
         if member is not None and member.ended and not (member.link.live and member.link.num_streams):
             self._drop(worker)
             self._judge()
         self._update_ready()
+
+    def _first_output(self, member: Member, first: FirstOutput) -> None:
+        """Learn from it. Blocks that were not there, and are not stored now, are struck from the index."""
+        self._board.learn(member, first)
+        found = first.admission.cached_tokens // self._block_size
+        missing = first.keys[found : first.placement.predicted_cached // self._block_size]
+        if missing and not first.stores:
+            self._index.apply(member.id, member.lease.epoch, [BlocksRemoved(list(missing))])
 
     def _update_ready(self) -> None:
         if any(member.state is WorkerState.READY for member in self._members.values()):
@@ -246,6 +276,7 @@ class Fleet:
             if refused and not member.refused:
                 logger.warning("worker %s is refused: %s", member.lease.worker_id, refused)
             member.refused = refused
+            self._board.touch(member)
             if not refused:
                 member.link.start()
         self._update_ready()
@@ -289,7 +320,7 @@ class Fleet:
             device_blocks=lease.device_blocks,
             free_blocks=load.free_blocks,
             cached_blocks=load.cached_blocks,
-            queued_tokens=member.queued_tokens(load),
+            queued_tokens=member.queued_tokens,
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             indexed_blocks=self._index.num_blocks(WorkerId(lease.worker_id)),
             reason=member.reason,

@@ -11,9 +11,9 @@ import hashlib
 import secrets
 from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 from kvstore.scope import TenantId
 from pando.errors import DeadlineExceeded, InternalError, PandoError, Unavailable
@@ -21,6 +21,7 @@ from router.admission import Admission
 from router.dispatch import AdmissionReport, SamplingChoice, TokenDelta, TokenRequest
 from router.metrics import Metrics, Spent
 from router.model_card import ModelCard
+from router.placement import Placement
 from router.tenants import Tenant
 from router.text_answer import TextAnswer
 from router.tokenizer import Tokenizer
@@ -30,15 +31,31 @@ from router.validation import Checked, fit_max_tokens
 _FAILURES = (InternalError, Unavailable, DeadlineExceeded)
 
 
+class TokenStream(Protocol):
+    """The tokens of a request's answers as they come: `router.dispatch.Story`, or a test's stand-in."""
+
+    def __aiter__(self) -> Self: ...
+
+    async def __anext__(self) -> TokenDelta: ...
+
+    def drop(self, index: int) -> None:
+        """Want no more of one answer."""
+
+    async def aclose(self) -> None:
+        """Want no more at all."""
+
+
 class TokenSource(Protocol):
     """Runs a request of tokens on the fleet: `router.dispatch.Dispatch`, or a test's stand-in."""
 
-    def stream(self, request: TokenRequest) -> AsyncIterator[TokenDelta]: ...
+    def stream(self, request: TokenRequest) -> TokenStream: ...
+
+    def explain(self, request: TokenRequest) -> Placement: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a call took. Its prompt counts once; what was cached of it is what its first answer found."""
+    """What a call took. Its prompt counts once: it is computed once for all answers."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -86,27 +103,46 @@ class Generation:
     ) -> AsyncGenerator[TextDelta, None]:
         """The deltas of a call. `deadline` is a time of the clock; closing the generator cancels what runs."""
         began = self._clock()
-        with self._counted(tenant.id, deadline), self._admission.enter(tenant, checked.request_id) as request_id:
+        async with self._entered(tenant, checked.request_id, deadline) as request_id:
             prompt = await self._encode(checked)
-            first = TokenRequest(
+            await self._admission.charge(tenant, len(prompt))
+            sampling = _sampling(checked, fit_max_tokens(checked, len(prompt), card))
+            request = TokenRequest(
                 request_id=request_id,
                 tenant=tenant.id,
                 token_ids=prompt,
-                sampling=_sampling(checked, fit_max_tokens(checked, len(prompt), card)),
+                sampling=sampling,
                 deadline=deadline,
                 priority=checked.priority,
                 no_store=checked.no_store,
                 groups=tenant.groups,
+                ttft_s=tenant.ttft_s,
                 quota=tenant.quota,
+                weight=tenant.weight,
+                fork_seeds=tuple(derived_seed(sampling.seed, index) for index in range(1, checked.n)),
             )
-            requests = _for_each_answer(first, checked.n)
-            call = _Call(requests, [self._answer(checked) for _ in requests], began)
+            call = _Call(request, [self._answer(checked) for _ in range(checked.n)], began)
             try:
                 async with aclosing(self._deltas(call)) as deltas:
                     async for delta in deltas:
                         yield delta
             finally:
                 self._count_used(tenant.id, call)
+
+    @asynccontextmanager
+    async def _entered(self, tenant: Tenant, request_id: str, deadline: float) -> AsyncIterator[str]:
+        with self._counted(tenant.id, deadline):
+            async with self._admission.enter(tenant, request_id) as entered:
+                yield entered
+
+    async def explain(self, tenant: Tenant, checked: Checked, card: ModelCard) -> Placement:
+        """Where a call would go now, without sending it."""
+        prompt = await self._encode(checked)
+        sampling = _sampling(checked, fit_max_tokens(checked, len(prompt), card))
+        request = TokenRequest(
+            checked.request_id, tenant.id, prompt, sampling, 0.0, groups=tenant.groups, ttft_s=tenant.ttft_s
+        )
+        return self._source.explain(request)
 
     async def _encode(self, checked: Checked) -> array[int]:
         if isinstance(checked.prompt, str):
@@ -120,50 +156,29 @@ class Generation:
             self._tokenizer.detokenizer(), checked.stop, checked.min_tokens, interval=checked.stream_interval
         )
 
-    def _deltas(self, call: _Call) -> AsyncGenerator[TextDelta, None]:
-        return self._one(call, 0) if len(call.requests) == 1 else self._merged(call)
-
-    async def _one(self, call: _Call, index: int) -> AsyncGenerator[TextDelta, None]:
-        """One answer, ended by its last token or by a stop string; either way the source is closed."""
-        answer = call.answers[index]
-        stream = cast("AsyncGenerator[TokenDelta, None]", self._source.stream(call.requests[index]))
-        async with aclosing(stream):
+    async def _deltas(self, call: _Call) -> AsyncGenerator[TextDelta, None]:
+        """All answers as their tokens come, each ended by its last token or by a stop string."""
+        async with aclosing(self._source.stream(call.request)) as stream:
             async for tokens in stream:
-                call.saw(index, tokens, self._clock)
+                call.saw(tokens, self._clock)
+                answer = call.answers[tokens.index]
                 piece = answer.take(tokens.token_ids, tokens.finish, tokens.stop_token_id)
+                if answer.finish is not None:
+                    stream.drop(tokens.index)
                 if piece is not None:
                     usage = call.usage(self._clock()) if call.finished else None
                     yield TextDelta(
-                        call.request_id, index, piece.text, piece.token_ids, piece.finish, piece.matched_stop, usage
+                        call.request.request_id,
+                        tokens.index,
+                        piece.text,
+                        piece.token_ids,
+                        piece.finish,
+                        piece.matched_stop,
+                        usage,
                     )
-                if answer.finish is not None:
+                if call.finished:
                     return
-        raise InternalError("the answer ended without a reason")
-
-    async def _merged(self, call: _Call) -> AsyncGenerator[TextDelta, None]:
-        """All answers side by side, as their tokens come."""
-        queue: asyncio.Queue[TextDelta | BaseException] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._pump(call, index, queue)) for index in range(len(call.requests))]
-        try:
-            while True:
-                item = await queue.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-                if item.usage is not None:
-                    return
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _pump(self, call: _Call, index: int, queue: asyncio.Queue[TextDelta | BaseException]) -> None:
-        try:
-            async with aclosing(self._one(call, index)) as deltas:
-                async for delta in deltas:
-                    queue.put_nowait(delta)
-        except Exception as error:  # noqa: BLE001 - raised again by the reader of the queue
-            queue.put_nowait(error)
+        raise InternalError("an answer ended without a reason")
 
     @contextmanager
     def _counted(self, tenant: TenantId, deadline: float) -> Iterator[None]:
@@ -206,44 +221,42 @@ class Generation:
 class _Call:
     """The answers of one call while they run."""
 
-    def __init__(self, requests: list[TokenRequest], answers: list[TextAnswer], began: float) -> None:
-        self.requests = requests
+    def __init__(self, request: TokenRequest, answers: list[TextAnswer], began: float) -> None:
+        self.request = request
         self.answers = answers
-        self.request_id = requests[0].request_id
         self.first_token_at: float | None = None
         self._began = began
-        self._found = AdmissionReport()
-        self._copied = 0
-        self._last: dict[int, TokenDelta] = {}
+        self._found: AdmissionReport | None = None
+        self._first: TokenDelta | None = None
+        self._attempts = 1
 
     @property
     def finished(self) -> bool:
         """Whether every answer is."""
         return all(answer.finish is not None for answer in self.answers)
 
-    def saw(self, index: int, tokens: TokenDelta, clock: Callable[[], float]) -> None:
+    def saw(self, tokens: TokenDelta, clock: Callable[[], float]) -> None:
         """Keep what usage will say."""
         if self.first_token_at is None and tokens.token_ids:
             self.first_token_at = clock()
-        if tokens.admission is not None:
-            self._copied += tokens.admission.blocks_copied
-            if index == 0:
-                self._found = tokens.admission
-        self._last[index] = tokens
+        self._found = self._found or tokens.admission
+        self._first = self._first or tokens
+        self._attempts = tokens.attempts
 
     def usage(self, now: float) -> Usage:
         """What the call took up to now."""
-        first = self._last.get(0) or next(iter(self._last.values()))
+        first = self._first
+        assert first is not None, "a call without a delta has no usage"
         started = now if self.first_token_at is None else self.first_token_at
         return Usage(
-            prompt_tokens=len(self.requests[0].token_ids),
+            prompt_tokens=len(self.request.token_ids),
             completion_tokens=sum(answer.num_tokens for answer in self.answers),
-            found=replace(self._found, blocks_copied=self._copied),
+            found=self._found or AdmissionReport(),
             predicted_cached=first.predicted_cached,
             ttft_ms=(started - self._began) * 1000,
             total_ms=(now - self._began) * 1000,
             worker=first.worker,
-            attempts=max(delta.attempts for delta in self._last.values()),
+            attempts=self._attempts,
         )
 
 
@@ -266,15 +279,3 @@ def _sampling(checked: Checked, max_tokens: int) -> SamplingChoice:
         seed=secrets.randbits(64) if checked.seed is None else checked.seed,
         stop_token_ids=checked.stop_token_ids,
     )
-
-
-def _for_each_answer(first: TokenRequest, n: int) -> list[TokenRequest]:
-    others = [
-        replace(
-            first,
-            request_id=f"{first.request_id}/{index}",
-            sampling=replace(first.sampling, seed=derived_seed(first.sampling.seed, index)),
-        )
-        for index in range(1, n)
-    ]
-    return [first, *others]

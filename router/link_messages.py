@@ -9,6 +9,8 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvstore.following import FeedRequest
+from kvstore.ledger import Position, SnapshotPart
 from kvstore.scope import Region, ScopeRoot
 from pando.worker.v1 import worker_pb2 as pb
 from router.tenants import NO_QUOTA, KvQuota
@@ -54,6 +56,8 @@ class Submission:
     timeout_s: float
     no_store: bool
     quota: KvQuota = NO_QUOTA  # of the tenant whose request it is
+    weight: int = 1  # likewise
+    fork_seeds: tuple[int, ...] = ()  # of each further answer to the same prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +100,12 @@ class AdmissionReport:
 
 @dataclass(frozen=True, slots=True)
 class LinkOutput:
-    """New tokens of one sequence, or its end. `finish` is a word of the worker's `Finish`, in lower case."""
+    """New tokens of one sequence, or its end. `finish` is a word of the worker's `Finish`, in lower case.
 
+    `fork` is 0 for the sequence of the submission itself, i for its i-th fork.
+    """
+
+    fork: int
     attempt: int
     first_index: int
     token_ids: tuple[int, ...]
@@ -131,11 +139,28 @@ class WorkerLoad:
     draining: bool = False
 
 
-def submit_message(sequence: int, submission: Submission) -> pb.Submit:
-    """The message for a sequence to run."""
+def feed_message(request: FeedRequest) -> pb.RouterMessage:
+    """The message for what a mirror asks of a worker."""
+    match request.kind:
+        case "follow":
+            return pb.RouterMessage(follow=pb.Follow(seq=request.seq))
+        case "unfollow":
+            return pb.RouterMessage(unfollow=pb.Unfollow())
+        case "republish":
+            return pb.RouterMessage(republish=pb.Republish())
+
+
+def snapshot_part(part: pb.Snapshot) -> SnapshotPart:
+    """What a worker said of all that it holds."""
+    position = Position(part.seq, part.num_blocks, part.digest)
+    return SnapshotPart(position, part.tier, part.keys, part.first, part.last)
+
+
+def submit_message(sequences: Sequence[int], submission: Submission) -> pb.Submit:
+    """The message for sequences to run: a number for the first and for each fork."""
     sampling = submission.sampling
     return pb.Submit(
-        sequence=sequence,
+        sequence=sequences[0],
         request_id=submission.request_id,
         attempt=submission.attempt,
         token_ids=submission.token_ids,
@@ -155,6 +180,11 @@ def submit_message(sequence: int, submission: Submission) -> pb.Submit:
         deadline_ms=max(1, int(submission.timeout_s * 1000)),
         no_store=submission.no_store,
         quota=None if submission.quota == NO_QUOTA else _quota(submission.quota),
+        weight=submission.weight,
+        forks=[
+            pb.Fork(sequence=number, seed=seed)
+            for number, seed in zip(sequences[1:], submission.fork_seeds, strict=True)
+        ],
     )
 
 
@@ -187,10 +217,11 @@ def _quota(quota: KvQuota) -> pb.Quota:
     )
 
 
-def link_output(output: pb.SequenceOutput) -> LinkOutput:
+def link_output(output: pb.SequenceOutput, fork: int) -> LinkOutput:
     """What a worker said of one sequence."""
     finish = _FINISH.get(output.finish)
     return LinkOutput(
+        fork=fork,
         attempt=output.attempt,
         first_index=output.first_index,
         token_ids=tuple(output.token_ids),

@@ -6,15 +6,17 @@ released, once, however it ends.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from kvstore.block import BlockKey, WorkerId
 from kvstore.lease import Lease
-from router.link_messages import WorkerLoad
-from router.placement import Candidate, Placement, Prompt
+from router.computing import Chain, Computing, Heads
+from router.link_messages import AdmissionReport, WorkerLoad
+from router.placement import Placement, Prompt
+from router.rates import Mean
 from router.worker_link import WorkerLink
 
 Clock = Callable[[], float]
@@ -28,10 +30,9 @@ QUEUE_FULL = "queue full"
 TRIED = "already tried"
 NOT_ASKED = "not asked"
 
-EVENT_LAG_S = 2.0
-"""Longest time to credit a finished prompt before the worker's events must have told of it."""
-
 SERVICE_WEIGHT = 0.1
+LOAD_SHARE = 0.1
+"""Until it is measured: a token loaded from the CPU tier takes this share of the time of one that is computed."""
 
 
 class WorkerState(Enum):
@@ -52,26 +53,81 @@ class Ask:
     stores: bool = True
     avoid: frozenset[tuple[WorkerId, int]] = frozenset()  # (worker, epoch) that this request has tried
     only: WorkerId | None = None
+    num_answers: int = 1  # sequences that go on from the prompt, which is computed once
+
+
+class Queue(NamedTuple):
+    """Uncached prompt tokens ahead of a new request, by two accounts, of which the greater holds.
+
+    `reported`: by the worker, and what was sent since. `sent`: all that this router sent and saw no token of; the first
+    of it, `first` tokens, is being computed since `first_since`. The one account knows other routers, the other what
+    was on its way when the worker reported; each counts ours once.
+    """
+
+    reported: int
+    sent: int
+    first: int
+    first_since: float
+
+
+class Standing(NamedTuple):
+    """What a worker is worth to any request: the fields of a `Candidate` that do not depend on the prompt."""
+
+    queue: Queue
+    prefill_tokens_per_s: float
+    step_s: float
+    slot_wait_s: float
+    running: int
+    own_in_flight: int
+    in_flight: int
+    free_tokens: int
+    load_share: float
+    confidence: float
+    excluded: str
+
+
+@dataclass(frozen=True, slots=True)
+class FirstOutput:
+    """What is known when a request's first output comes: `seconds` after it was placed."""
+
+    placement: Placement
+    keys: Sequence[BlockKey]
+    stores: bool
+    admission: AdmissionReport
+    seconds: float
 
 
 class Reservation:
     """A request's place at a worker, from the decision until `release`."""
 
-    __slots__ = ("_clock", "_member", "_placed_at", "_released", "_waiting", "keys", "load_number", "placement")
+    __slots__ = (
+        "_chain",
+        "_clock",
+        "_member",
+        "_released",
+        "_waiting",
+        "ask",
+        "load_number",
+        "num_answers",
+        "placed_at",
+        "placement",
+    )
 
-    def __init__(self, member: Member, placement: Placement, keys: Sequence[BlockKey], clock: Clock) -> None:
+    def __init__(self, member: Member, placement: Placement, ask: Ask, chain: Chain | None, clock: Clock) -> None:
         self.placement = placement
-        self.keys = keys
+        self.ask = ask
+        self.num_answers = ask.num_answers
+        self.load_number = member.link.num_loads
+        self._chain = chain
         self._member = member
         self._clock = clock
-        self._placed_at = clock()
+        self.placed_at = clock()
         self._released = False
         self._waiting = True
-        self.load_number = member.link.num_loads
 
     @property
     def worker(self) -> WorkerId:
-        return WorkerId(self._member.lease.worker_id)
+        return self._member.id
 
     @property
     def epoch(self) -> int:
@@ -81,11 +137,21 @@ class Reservation:
     def link(self) -> WorkerLink:
         return self._member.link
 
-    def started(self) -> None:
-        """The first output is in: its prompt queues no more. Idempotent."""
-        if self._waiting:
-            self._waiting = False
-            self._member.leave_queue(self)
+    def started(self, admission: AdmissionReport | None = None) -> None:
+        """The first output is in: its prompt queues no more. `admission` is what the worker found. Idempotent."""
+        if not self._waiting:
+            return
+        self._waiting = False
+        now = self._clock()
+        self._member.leave_queue(self, now)
+        if admission is not None:
+            seconds = now - self.placed_at
+            self._member.learn(FirstOutput(self.placement, self.ask.keys, self.ask.stores, admission, seconds))
+
+    def end_answer(self) -> None:
+        """One of its sequences has ended, and others go on."""
+        self.num_answers -= 1
+        self._member.leave_slots(self, 1, has_run=not self._waiting)
 
     def release(self) -> None:
         """Give the place back. Idempotent."""
@@ -95,24 +161,41 @@ class Reservation:
         has_run = not self._waiting
         self.started()
         now = self._clock()
-        self._member.close(self, has_run, now, now - self._placed_at)
+        self._member.close(self, self._chain, has_run, now, now - self.placed_at)
 
 
 class Member:
-    """One life of a worker, as this router sees it."""
+    """One life of a worker, as this router sees it.
 
-    def __init__(self, lease: Lease, link: WorkerLink) -> None:
+    `on_change` is called whenever its standing may have changed, `on_first` with what a first output tells.
+    """
+
+    def __init__(
+        self,
+        lease: Lease,
+        link: WorkerLink,
+        heads: Heads,
+        *,
+        on_change: Callable[[Member], None] = lambda member: None,
+        on_first: Callable[[Member, FirstOutput], None] = lambda member, first: None,
+    ) -> None:
+        self.id = WorkerId(lease.worker_id)
         self.lease = lease
         self.link = link
+        self.computing = Computing(self.id, heads)
         self.refused = ""
         self.ended = False
         self.said_draining = False
         self.num_open = 0
+        self.confidence = Mean(1.0)
+        self.load_share = Mean(LOAD_SHARE)
+        self._on_change = on_change
+        self._on_first = on_first
+        self._num_started = 0
         self._queued_tokens = 0
+        self._waiting: dict[Reservation, None] = {}  # in the order that they were placed
+        self._started_at = float("-inf")  # the newest first output
         self._service_s = 0.0
-        # Blocks that requests in flight, or a moment ago, compute or hold, each with how many of them do.
-        self._computing: dict[BlockKey, int] = {}
-        self._finished: deque[tuple[float, Sequence[BlockKey]]] = deque()
         # Own requests placed since the worker's load number `_counted_load`, which cannot count them yet.
         self._counted_load = 0
         self._new_tokens = 0
@@ -143,72 +226,107 @@ class Member:
     def reason(self) -> str:
         return self.refused or self.link.reason or ("its lease ended" if self.ended else "")
 
-    def queued_tokens(self, load: WorkerLoad) -> int:
-        """Uncached prompt tokens ahead of a new request.
-
-        Either what the worker reported and we sent since, or all that we sent and saw no token of: the first knows
-        other routers, the second what was on its way when the worker reported. Each counts ours once.
-        """
-        new = self._new_tokens if self._counted_load == self.link.num_loads else 0
-        return max(self._queued_tokens, load.queued_tokens + new)
+    @property
+    def queued_tokens(self) -> int:
+        """Uncached prompt tokens ahead of a new request, those of the prompt that is being computed included."""
+        queue = self._queue(self.load)
+        return max(queue.reported, queue.sent)
 
     def in_flight(self, load: WorkerLoad) -> int:
         new = self._new_requests if self._counted_load == self.link.num_loads else 0
         return max(self.num_open, load.running + load.waiting + new)
 
-    def candidate(self, ask: Ask, device_blocks: int, now: float) -> Candidate:
-        """This worker for one decision; `device_blocks` of the prompt are in the index."""
-        self._expire(now)
-        prompt, lease, load = ask.prompt, self.lease, self.load
+    def standing(self) -> Standing:
+        """As it is now."""
+        load = self.load
         in_flight = self.in_flight(load)
-        most = (prompt.num_tokens - 1) // lease.block_size
-        depth = min(device_blocks, most)
-        if depth < most and self._computing and lease.reuse:
-            depth = self._computed_depth(ask.keys, depth, most)
-        return Candidate(
-            worker=WorkerId(lease.worker_id),
-            cached_tokens=depth * lease.block_size,
-            queued_tokens=self.queued_tokens(load),
+        promised = self._new_tokens if self._counted_load == self.link.num_loads else 0
+        own_waiting = self.num_open - self._num_started
+        return Standing(
+            queue=self._queue(load),
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             step_s=load.step_ms / 1e3 if in_flight else 0.0,
             slot_wait_s=self._slot_wait_s(in_flight),
-            excluded=self._exclusion(ask, in_flight),
+            running=max(self._num_started, load.running - own_waiting),
+            own_in_flight=self.num_open,
+            in_flight=in_flight,
+            free_tokens=max(0, load.free_blocks * self.lease.block_size - promised),
+            load_share=self.load_share.value,
+            confidence=self.confidence.value,
+            excluded=self._exclusion(in_flight),
         )
 
-    def open(self, placement: Placement, keys: Sequence[BlockKey], clock: Clock) -> Reservation:
-        """Count a request from now on; `keys` are those it will publish and the index does not have yet."""
+    def refusal(self, ask: Ask, standing: str) -> str:
+        """Why it cannot take this request, empty if it can; `standing` is why it can take none."""
+        prompt, lease = ask.prompt, self.lease
+        if ask.only not in (None, self.id):
+            return NOT_ASKED
+        if standing and standing != QUEUE_FULL:
+            return standing
+        if prompt.num_tokens + prompt.max_tokens > lease.max_model_len:
+            return CONTEXT_LENGTH
+        if min(prompt.num_positions, lease.max_held or prompt.num_positions) > self.num_slots:
+            return KV_CAPACITY
+        return standing or (TRIED if (self.id, lease.epoch) in ask.avoid else "")
+
+    @property
+    def num_slots(self) -> int:
+        """Token positions that its device has room for."""
+        return self.lease.device_blocks * self.lease.block_size
+
+    def open(self, placement: Placement, ask: Ask, held_blocks: int, clock: Clock) -> Reservation:
+        """Count a request from now on, of whose keys the index has the first `held_blocks`."""
         if self._counted_load != self.link.num_loads:
             self._counted_load, self._new_tokens, self._new_requests = self.link.num_loads, 0, 0
         self._new_tokens += placement.uncached_tokens
-        self._new_requests += 1
+        self._new_requests += ask.num_answers
         self._queued_tokens += placement.uncached_tokens
-        self.num_open += 1
-        counts = self._computing
-        for key in keys:
-            counts[key] = counts.get(key, 0) + 1
-        return Reservation(self, placement, keys, clock)
+        self.num_open += ask.num_answers
+        chain = self.computing.begin(ask.keys, held_blocks) if ask.stores and self.lease.reuse else None
+        self._on_change(self)
+        reservation = Reservation(self, placement, ask, chain, clock)
+        self._waiting[reservation] = None
+        return reservation
 
-    def leave_queue(self, reservation: Reservation) -> None:
+    def leave_queue(self, reservation: Reservation, now: float) -> None:
         """Count its prompt tokens no more."""
+        del self._waiting[reservation]
+        self._started_at = now
         self._queued_tokens -= reservation.placement.uncached_tokens
+        self._num_started += reservation.num_answers
         if reservation.load_number == self._counted_load:
             self._new_tokens -= reservation.placement.uncached_tokens
+        self._on_change(self)
 
-    def close(self, reservation: Reservation, has_run: bool, now: float, seconds: float) -> None:
-        """Count a request no more. What it computed stays credited until events must have come."""
-        self.num_open -= 1
+    def learn(self, first: FirstOutput) -> None:
+        """What the first output tells of the prediction."""
+        self._on_first(self, first)
+        self._on_change(self)
+
+    def leave_slots(self, reservation: Reservation, num_answers: int, *, has_run: bool) -> None:
+        """Count so many of its sequences no more."""
+        self.num_open -= num_answers
+        if has_run:
+            self._num_started -= num_answers
         if reservation.load_number == self._counted_load:
-            self._new_requests -= 1
-        if not has_run:
-            self._forget(reservation.keys)
-            return
-        self._service_s += (seconds - self._service_s) * (SERVICE_WEIGHT if self._service_s else 1.0)
-        self._finished.append((now + EVENT_LAG_S, reservation.keys))
+            self._new_requests -= num_answers
+        self._on_change(self)
 
-    def _computed_depth(self, keys: Sequence[BlockKey], depth: int, most: int) -> int:
-        while depth < most and keys[depth] in self._computing:
-            depth += 1
-        return depth
+    def close(self, reservation: Reservation, chain: Chain | None, has_run: bool, now: float, seconds: float) -> None:
+        """Count a request no more. What it computed stays credited until events must have come."""
+        self.leave_slots(reservation, reservation.num_answers, has_run=True)
+        if chain is not None:
+            self.computing.end(chain, has_run, now)
+        if has_run:
+            self._service_s += (seconds - self._service_s) * (SERVICE_WEIGHT if self._service_s else 1.0)
+
+    def _queue(self, load: WorkerLoad) -> Queue:
+        new = self._new_tokens if self._counted_load == self.link.num_loads else 0
+        first, since = 0, 0.0
+        if self._waiting:
+            oldest = next(iter(self._waiting))
+            first, since = oldest.placement.uncached_tokens, max(oldest.placed_at, self._started_at)
+        return Queue(load.queued_tokens + new, self._queued_tokens, first, since)
 
     def _slot_wait_s(self, in_flight: int) -> float:
         slots = self.lease.max_sequences
@@ -216,30 +334,10 @@ class Member:
             return 0.0
         return (in_flight + 1 - slots) * self._service_s / slots
 
-    def _exclusion(self, ask: Ask, in_flight: int) -> str:
-        prompt, lease = ask.prompt, self.lease
-        if ask.only not in (None, lease.worker_id):
-            return NOT_ASKED
+    def _exclusion(self, in_flight: int) -> str:
+        """Why it can take no request at all."""
         state = self.state
         if state is not WorkerState.READY:
             return IS_DRAINING if state is WorkerState.DRAINING else NOT_READY
-        if prompt.num_tokens + prompt.max_tokens > lease.max_model_len:
-            return CONTEXT_LENGTH
-        if prompt.num_positions > lease.device_blocks * lease.block_size:
-            return KV_CAPACITY
-        if lease.max_waiting and in_flight >= lease.max_sequences + lease.max_waiting:
-            return QUEUE_FULL
-        return TRIED if (lease.worker_id, lease.epoch) in ask.avoid else ""
-
-    def _expire(self, now: float) -> None:
-        while self._finished and self._finished[0][0] <= now:
-            self._forget(self._finished.popleft()[1])
-
-    def _forget(self, keys: Sequence[BlockKey]) -> None:
-        counts = self._computing
-        for key in keys:
-            left = counts[key] - 1
-            if left:
-                counts[key] = left
-            else:
-                del counts[key]
+        lease = self.lease
+        return QUEUE_FULL if lease.max_waiting and in_flight >= lease.max_sequences + lease.max_waiting else ""

@@ -15,7 +15,6 @@ from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST, genera
 
 from kvstore.scope import TenantId
 
-MAX_TENANT_LABELS = 256
 OTHER = TenantId("other")
 
 _TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30.0, 60.0)
@@ -54,11 +53,12 @@ class Tally:
 class Metrics:
     """Counts of one router. For one event loop."""
 
-    def __init__(self, known: Iterable[TenantId] = ()) -> None:
-        """The first `known` tenants have rows of their own from the start, then whoever comes first."""
+    def __init__(self, known: Iterable[TenantId] = (), *, most_tenants: int = 256) -> None:
+        """`most_tenants` have rows of their own: the first `known` ones from the start, then whoever comes first."""
         self.total = Tally()
         self.tenants: dict[TenantId, Tally] = {}
-        self._reserved = frozenset(islice(known, MAX_TENANT_LABELS))
+        self._most_tenants = most_tenants
+        self._reserved = frozenset(islice(known, most_tenants))
         self._unreserved = 0
         self.registry = CollectorRegistry()
         self._calls = Counter("pando_router_calls", "gRPC calls", ["method", "code"], registry=self.registry)
@@ -148,7 +148,7 @@ class Metrics:
     def _label(self, tenant: TenantId) -> TenantId:
         if tenant in self.tenants or tenant in self._reserved:
             return tenant
-        if self._unreserved >= MAX_TENANT_LABELS - len(self._reserved):
+        if self._unreserved >= self._most_tenants - len(self._reserved):
             return OTHER
         self._unreserved += 1
         self.tenants[tenant] = Tally()

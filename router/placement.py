@@ -1,149 +1,201 @@
 """Where a request goes: candidates in, one frozen `Placement` with every term out. All costs are seconds.
 
 Knows no clock, no network and no live state: equal candidates give equal placements in every router. Near ties are
-settled by what needs no talking: least new work, then a rendezvous hash.
+settled by what needs no talking: least new work, then a rendezvous hash among those that did not work much lately.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from xxhash import xxh3_64_intdigest
+import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.block import WorkerId
+from router.cost import Columns, Costs, Floats, Held, Prompt, PullRates, Terms, cost, rendezvous
+from router.rates import seconds_per_token
+
+__all__ = ["Candidate", "Placement", "Policy", "Prompt", "PullRates", "Terms", "choose", "place"]
 
 TIE_FRACTION = 0.02
 TIE_S = 1e-3
-RATE_NOISE = 0.25
-"""Measured rates this near to the fleet's mean count as equal: else noise decides where all cold prompts go."""
-UNMEASURED_PREFILL_TOKENS_PER_S = 2000.0
+BOUND = 1.25
+"""Of workers that tie, those that were busy for longer than this times their mean are passed over."""
+NO_WORKER = "no worker can take it"
+TOO_SLOW = "no worker can start it in the tenant's time"
 
 Policy = Literal["cost", "round_robin"]
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What placement needs of a request. `tie_key` is equal for requests that should meet on an idle fleet."""
-
-    num_tokens: int
-    max_tokens: int
-    tie_key: bytes
-
-    @property
-    def num_positions(self) -> int:
-        """Most positions the request can fill; its last token is never computed."""
-        return self.num_tokens + self.max_tokens - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """What is believed of a worker at the moment of a decision.
 
-    `cached_tokens`: of this prompt, held or being computed there. `queued_tokens`: uncached prompt tokens ahead of this
-    request. `prefill_tokens_per_s` is 0 while unmeasured. `slot_wait_s`: time until a sequence ends where all slots are
-    taken. `excluded` says why it cannot be chosen, empty if it can.
+    Prefixes of this prompt, in tokens: `cached_tokens` on its device, `tier_tokens` on either tier, `computing_tokens`
+    on its device or being computed there; 0 for no more than on its device. `queued_tokens`: uncached prompt tokens
+    ahead of this request. `prefill_tokens_per_s` is 0 while unmeasured. `slot_wait_s`: time until a sequence ends where
+    all slots are taken. `running`: sequences past their prompt. `free_tokens`: room on the device that holds nothing.
+    `reuse`: probability that what it evicts next is asked for again. `load_share`: what a token loaded from its CPU
+    tier takes of the time of one that is computed. `confidence`: how much of a predicted prefix it then found.
+    `arrivals_per_s` and `utilization`: of late. `pulls`: of its blocks under way. `excluded` says why it cannot be
+    chosen, empty if it can.
     """
 
     worker: WorkerId
     cached_tokens: int
-    queued_tokens: int
+    queued_tokens: float
     prefill_tokens_per_s: float
     step_s: float
     slot_wait_s: float
     excluded: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """The cost of one candidate.
-
-    `queue_s`: prefill and slots ahead of the request. `step_s`: the running step, which it waits out. `prefill_s`: its
-    own uncached tokens. `recompute_s`: of these, what some other worker already has, counted once more because it is
-    work the fleet need not do.
-    """
-
-    worker: WorkerId
-    cached_tokens: int
-    uncached_tokens: int
-    queue_s: float
-    step_s: float
-    prefill_s: float
-    recompute_s: float
-
-    @property
-    def total_s(self) -> float:
-        """What is compared."""
-        return self.queue_s + self.step_s + self.prefill_s + self.recompute_s
+    tier_tokens: int = 0
+    computing_tokens: int = 0
+    running: int = 0
+    free_tokens: int = 0
+    reuse: float = 0.0
+    load_share: float = 0.1
+    confidence: float = 1.0
+    arrivals_per_s: float = 0.0
+    utilization: float = 0.0
+    pulls: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A decision. `worker` is None when every candidate is excluded; `excluded` pairs workers and reasons."""
+    """A decision. `worker` is None when no candidate can take it; `excluded` pairs workers and reasons.
+
+    `predicted_cached` is the prefix that the chosen worker is believed to have, `uncached_tokens` what it is expected
+    to compute. `retry_after_s`: when to try again where all would be too slow.
+    """
 
     worker: WorkerId | None
     reason: str
     predicted_cached: int
     uncached_tokens: int
-    terms: tuple[Terms, ...]
     excluded: tuple[tuple[WorkerId, str], ...]
+    chosen: Terms | None = None
+    retry_after_s: float = 0.0
+    num_tokens: int = 0
+    _costs: Costs | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def terms(self) -> tuple[Terms, ...]:
+        """Of every candidate that is not excluded, the cheapest first."""
+        if self._costs is None:
+            return ()
+        out = {worker for worker, _ in self.excluded}
+        rows = (row for row, worker in enumerate(self._costs.workers) if worker not in out)
+        return tuple(sorted((self._costs.terms(row, self.num_tokens) for row in rows), key=_order))
 
 
-def place(prompt: Prompt, candidates: Sequence[Candidate], policy: Policy = "cost", turn: int = 0) -> Placement:
+def place(
+    prompt: Prompt,
+    candidates: Sequence[Candidate],
+    policy: Policy = "cost",
+    turn: int = 0,
+    *,
+    pull: PullRates | None = None,
+    length_factor: float = 1.0,
+) -> Placement:
     """Choose a worker for `prompt`. `turn` is the number of the decision, for `round_robin` alone."""
     excluded = tuple((c.worker, c.excluded) for c in candidates if c.excluded)
-    eligible = [c for c in candidates if not c.excluded]
-    if not eligible:
-        return Placement(None, "no worker can take it", 0, prompt.num_tokens, (), excluded)
-    terms = _cost(prompt, eligible)
+    if len(excluded) == len(candidates):
+        return Placement(None, NO_WORKER, 0, prompt.num_tokens, excluded, num_tokens=prompt.num_tokens)
+    rows, held = _columns(candidates)
+    held.pull, held.length_factor = pull, length_factor
+    out = np.array([bool(c.excluded) for c in candidates])
+    return choose(prompt, rows, cost(prompt, rows, held), (out, excluded) if excluded else None, (policy, turn))
+
+
+def choose(
+    prompt: Prompt,
+    rows: Columns,
+    costs: Costs,
+    excluded: tuple[NDArray[np.bool_], tuple[tuple[WorkerId, str], ...]] | None = None,
+    by: tuple[Policy, int] = ("cost", 0),
+) -> Placement:
+    """The decision on costs that are known. `excluded`: which rows, at least one being left, and their reasons."""
+    out, reasons = excluded or (None, ())
+    total_s = costs.total_s if out is None else np.where(out, np.inf, costs.total_s)
+    if prompt.ttft_s:
+        total_s, retry_after_s = _in_time(prompt.ttft_s, costs, total_s)
+        if retry_after_s:
+            return Placement(
+                None, TOO_SLOW, 0, prompt.num_tokens, reasons, None, retry_after_s, prompt.num_tokens, costs
+            )
+    policy, turn = by
     if policy == "round_robin":
-        chosen, reason = sorted(terms, key=_name)[turn % len(terms)], "its turn"
+        able = sorted(np.flatnonzero(np.isfinite(total_s)).tolist(), key=rows.workers.__getitem__)
+        row, reason = able[turn % len(able)], "its turn"
     else:
-        chosen, reason = _cheapest(prompt, terms)
-    return Placement(chosen.worker, reason, chosen.cached_tokens, chosen.uncached_tokens, tuple(terms), excluded)
+        row, reason = _cheapest(prompt, rows, costs, total_s)
+    terms = costs.terms(row, prompt.num_tokens)
+    return Placement(
+        terms.worker,
+        reason,
+        terms.cached_tokens,
+        terms.uncached_tokens,
+        reasons,
+        terms,
+        num_tokens=prompt.num_tokens,
+        _costs=costs,
+    )
 
 
-def _cost(prompt: Prompt, eligible: Sequence[Candidate]) -> list[Terms]:
-    most_cached = max(c.cached_tokens for c in eligible)
-    typical = _typical_rate(eligible)
-    terms: list[Terms] = []
-    for c in eligible:
-        second = 1.0 / _rate(c, typical)
-        uncached = prompt.num_tokens - c.cached_tokens
-        queue_s = c.queued_tokens * second + c.slot_wait_s
-        recompute_s = (most_cached - c.cached_tokens) * second
-        terms.append(Terms(c.worker, c.cached_tokens, uncached, queue_s, c.step_s, uncached * second, recompute_s))
-    return terms
+def _in_time(ttft_s: float, costs: Costs, total_s: Floats) -> tuple[Floats, float]:
+    """Costs of those that meet the time alone; else, where waiting would help, for how long to wait.
+
+    A time that no worker could meet with nothing ahead of the request keeps nobody out.
+    """
+    able = np.isfinite(total_s)
+    meets = able & (costs.ttft_s <= ttft_s)
+    if meets.any():
+        return np.where(meets, total_s, np.inf), 0.0
+    if (costs.plan_s[able] + costs.step_s[able]).min() > ttft_s:
+        return total_s, 0.0
+    return total_s, float(costs.ttft_s[able].min()) - ttft_s
 
 
-def _rate(candidate: Candidate, typical: float) -> float:
-    own = candidate.prefill_tokens_per_s
-    return own if own and abs(own - typical) > RATE_NOISE * typical else typical
-
-
-def _typical_rate(eligible: Sequence[Candidate]) -> float:
-    measured = [c.prefill_tokens_per_s for c in eligible if c.prefill_tokens_per_s]
-    return sum(measured) / len(measured) if measured else UNMEASURED_PREFILL_TOKENS_PER_S
-
-
-def _cheapest(prompt: Prompt, terms: Sequence[Terms]) -> tuple[Terms, str]:
-    totals = [t.total_s for t in terms]
-    least = min(totals)
-    limit = max(least * (1 + TIE_FRACTION), least + TIE_S)
-    near = [t for t, total in zip(terms, totals, strict=True) if total <= limit]
+def _cheapest(prompt: Prompt, rows: Columns, costs: Costs, total_s: Floats) -> tuple[int, str]:
+    least = float(total_s.min())
+    near = np.flatnonzero(total_s <= max(least * (1 + TIE_FRACTION), least + TIE_S))
     if len(near) == 1:
-        return near[0], "least cost"
-    fewest = min(t.uncached_tokens for t in near)
-    tied = [t for t in near if t.uncached_tokens == fewest]
+        return int(near[0]), "least cost"
+    expected = costs.expected[near]
+    tied = near[expected == expected.max()]
     if len(tied) == 1:
-        return tied[0], "near tie, most cached"
-    return max(tied, key=lambda t: (_weight(prompt.tie_key, t.worker), t.worker)), "near tie, rendezvous"
+        return int(tied[0]), "near tie, most cached"
+    busy = rows.utilization[tied]
+    if busy.any():
+        # Sorted, so that the order of rows does not show in the last bit of the mean.
+        tied = tied[busy <= max(BOUND * float(np.sort(busy).mean()), float(busy.min()))]
+    return rendezvous(rows, tied, prompt.tie_key), "near tie, rendezvous"
 
 
-def _weight(tie_key: bytes, worker: WorkerId) -> int:
-    return xxh3_64_intdigest(tie_key + worker.encode())
+def _columns(candidates: Sequence[Candidate]) -> tuple[Columns, Held]:
+    rows = Columns.of([c.worker for c in candidates])
+    rows.queued[:] = [c.queued_tokens for c in candidates]
+    rows.s_per_token[:] = seconds_per_token(np.array([c.prefill_tokens_per_s for c in candidates]))
+    rows.step_s[:] = [c.step_s for c in candidates]
+    rows.slot_s[:] = [c.slot_wait_s for c in candidates]
+    rows.running[:] = [c.running for c in candidates]
+    rows.free_tokens[:] = [c.free_tokens for c in candidates]
+    rows.reuse[:] = [c.reuse for c in candidates]
+    rows.load_share[:] = [c.load_share for c in candidates]
+    rows.confidence[:] = [c.confidence for c in candidates]
+    rows.arrivals_per_s[:] = [c.arrivals_per_s for c in candidates]
+    rows.utilization[:] = [c.utilization for c in candidates]
+    device = np.array([c.cached_tokens for c in candidates], float)
+    tiers = np.array([max(c.tier_tokens, c.cached_tokens) for c in candidates], float)
+    computing = np.array([max(c.computing_tokens, c.cached_tokens) for c in candidates], float)
+    held = Held(device)
+    held.tiers = tiers if (tiers > device).any() else None
+    held.computing = computing if (computing > device).any() else None
+    held.pulls = np.array([c.pulls for c in candidates], float)
+    return rows, held
 
 
-def _name(terms: Terms) -> WorkerId:
-    return terms.worker
+def _order(terms: Terms) -> tuple[float, WorkerId]:
+    return terms.total_s, terms.worker

@@ -52,6 +52,11 @@ class PrefixRecord(msgspec.Struct, frozen=True, kw_only=True):
         """Full blocks of one copy."""
         return self.num_tokens // block_size
 
+    def num_pinned(self, block_size: int) -> int:
+        """Blocks that a pin of one copy holds: for others, the one that it ends in too."""
+        ends_inside = self.audience != OWN and self.num_tokens % block_size > 0
+        return self.num_blocks(block_size) + ends_inside
+
 
 @dataclass(frozen=True, slots=True)
 class Published:

@@ -53,7 +53,7 @@ class PrefixesService(prefixes_pb2_grpc.PrefixesServicer):
     async def PublishPrefix(self, request: pb.PublishPrefixRequest, call: Call) -> pb.Prefix:
         card = self._card()
         audience, group, ttl_s = _checked(request, card)
-        with self._admission.enter(call.tenant, ""):
+        async with self._admission.enter(call.tenant, ""):
             token_ids = await self._encode(request, card)
             _check_length(len(token_ids), card, self._block_size)
             asked = Publication(token_ids, audience, group, request.name, request.copies or 1, request.warm, ttl_s)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import grpc
@@ -26,9 +27,11 @@ from redis.backoff import NoBackoff
 from kvstore.memory_index import MemoryIndex
 from kvstore.mirror import Mirror
 from kvstore.redis_url import described
+from kvstore.scope import TenantId
 from pando.errors import ConfigError
 from pando.model_folder import resolve_model
 from pando.settings import RouterSettings
+from pando.v1.inference_pb2 import GenerateRequest
 from router.admin_api import RouterView
 from router.admission import Admission
 from router.auth import Authenticator, check_admin_key, open_authenticator
@@ -38,13 +41,16 @@ from router.grpc_api import InferenceService
 from router.health import HealthService
 from router.http_api import HttpServer
 from router.interceptors import GateLimits
+from router.limit_store import LimitStore
+from router.limits import LEASE_TTL_S, TIMEOUT_S, FleetLimits
 from router.metrics import Metrics
 from router.model_card import ModelCard, read_model_card
-from router.placement import Policy
+from router.placement import Placement, Policy
 from router.prefix_catalog import PrefixCatalog
 from router.prefix_registry import PrefixRegistry
 from router.prefix_seal import PrefixSeal
 from router.prefixes_api import PrefixesService
+from router.self_check import SelfCheck
 from router.server import (
     INFERENCE,
     PREFIXES,
@@ -57,7 +63,9 @@ from router.server import (
     public_server,
 )
 from router.sharing import PrefixSharing
+from router.tenants import Tenant
 from router.tokenizer import Tokenizer
+from router.validation import check_request
 from router.worker_link import WorkerLink
 
 GRACE_S = 5.0
@@ -113,14 +121,21 @@ class RouterProcess:
         settings = self._settings
         authenticator = open_authenticator(settings.tenants, settings.host)
         check_admin_key(settings.admin_key, settings.host)
-        for port in (settings.port, settings.http_port, settings.admin_port):
+        shared_port = settings.reuse_port == "on"
+        check_free(settings.host, settings.port, shared=shared_port)
+        for port in (settings.http_port, settings.admin_port):
             check_free(settings.host, port)
         secret = await self._agree_on_secret()
-        card, tokenizer = await asyncio.to_thread(self._load_model)
-        self._parts.callback(tokenizer.close)
+        folder, card = await asyncio.to_thread(self._read_card)
         index, mirror, fleet = await self._follow_fleet()
-        metrics, admission = Metrics(authenticator.known()), Admission(settings.max_in_flight)
-        served = ServedModel(card, fleet).card
+
+        def served() -> ModelCard:
+            return served_card(card, fleet.model_spec)
+
+        tokenizer = await asyncio.to_thread(self._load_tokenizer, folder, served)
+        self._parts.callback(tokenizer.close)
+        metrics = Metrics(authenticator.known(), most_tenants=settings.tenant_metrics)
+        admission = Admission(settings.max_in_flight, await self._share_limits(secret))
         sharing = await self._share_prefixes(fleet, authenticator, secret, card.name)
         generation = Generation(sharing.dispatch, tokenizer, admission, metrics)
         inference = InferenceService(generation, tokenizer, served, block_size=settings.block_size)
@@ -137,32 +152,44 @@ class RouterProcess:
             index_connected=lambda: mirror.connected,
             uptime_s=lambda: time.monotonic() - self._started,
             purge=sharing.purging.purge,
+            recent=sharing.dispatch.recent.of,
+            explain=partial(_explain, generation, authenticator, served),
         )
         _add_gauges(metrics, view)
+        metrics.gauge(
+            "planted_unfound",
+            "Workers whose planted prefix this router cannot find",
+            lambda: self._self_check.num_unfound,
+        )
+        metrics.gauge("index_mismatches", "Digests that differed from the mirror's", lambda: mirror.counts.mismatches)
         metrics.gauge("published_prefixes", "Published prefixes", lambda: len(sharing.catalog))
-        metrics.gauge("reserved", "Requests that hold a place at a worker", lambda: fleet.num_reserved)
+        metrics.gauge("reserved", "Answers that hold a place at a worker", lambda: fleet.num_reserved)
         health = HealthService(lambda: fleet.ready, (INFERENCE, PREFIXES))
         options = ServerOptions(
-            GateLimits(settings.max_request_s), settings.max_message_bytes, settings.reflection == "on"
+            GateLimits(settings.max_request_s), settings.max_message_bytes, settings.reflection == "on", shared_port
         )
         http = await self._serve_http(metrics, lambda: fleet.ready)
         admin = await self._serve(admin_server(view, settings.admin_key, options), settings.admin_port)
         public = public_server(PublicServices(inference, prefixes, health), authenticator, metrics, options)
-        grpc_address = await self._serve(public, settings.port)
+        grpc_address = await self._serve(public, settings.port, shared=shared_port)
         self._parts.callback(health.stop)
         return Listening(self._router_id, grpc_address, http, admin)
 
-    def _load_model(self) -> tuple[ModelCard, Tokenizer]:
+    def _read_card(self) -> tuple[Path, ModelCard]:
         folder = resolve_model(self._settings.model)
         card = read_model_card(self._settings.model, folder)
         for field in card.ignored:
             log.warning("generation_config.json sets %s, which this version does not apply", field)
-        return card, Tokenizer(folder, threads=self._settings.tokenizer_threads, max_tokens=card.context_length)
+        return folder, card
+
+    def _load_tokenizer(self, folder: Path, served: Callable[[], ModelCard]) -> Tokenizer:
+        threads = self._settings.tokenizer_threads
+        return Tokenizer(folder, threads=threads, max_tokens=lambda: served().context_length)
 
     async def _follow_fleet(self) -> tuple[MemoryIndex, Mirror, Fleet]:
         settings = self._settings
         index = MemoryIndex()
-        mirror = Mirror(settings.redis, settings.cluster, index)
+        mirror = Mirror(settings.redis_url, settings.cluster, index)
         fleet = Fleet(
             mirror,
             index,
@@ -170,8 +197,9 @@ class RouterProcess:
             model=settings.model,
             block_size=settings.block_size,
             policy=cast(Policy, settings.placement),
-            link_type=partial(WorkerLink, token=settings.link_token),
+            link_type=partial(WorkerLink, token=settings.link_token, following=mirror.following),
         )
+        mirror.following.on_read = self._self_check = SelfCheck(index, settings.block_size)
         await mirror.start()
         self._parts.push_async_callback(mirror.stop)
         await fleet.start()
@@ -182,7 +210,7 @@ class RouterProcess:
         self, fleet: Fleet, authenticator: Authenticator, secret: bytes, model: str
     ) -> PrefixSharing:
         settings = self._settings
-        client, seal = _redis_client(settings.redis), PrefixSeal(secret, settings.cluster)
+        client, seal = _redis_client(settings.redis_url), PrefixSeal(secret, settings.cluster)
         registry = PrefixRegistry(client, settings.cluster, seal, PrefixCatalog(), model=model)
         sharing = PrefixSharing(
             fleet, authenticator, registry, secret=secret, model=model, block_size=settings.block_size
@@ -191,8 +219,18 @@ class RouterProcess:
         await sharing.start()
         return sharing
 
-    async def _serve(self, server: grpc.aio.Server, port: int) -> str:
-        where = listen(server, self._settings.host, port)
+    async def _share_limits(self, secret: bytes) -> FleetLimits:
+        settings = self._settings
+        client = _redis_client(settings.redis_url, timeout_s=TIMEOUT_S)
+        self._parts.push_async_callback(client.aclose)
+        store = LimitStore(client, settings.cluster, secret, router=self._router_id, ttl_s=LEASE_TTL_S)
+        limits = FleetLimits(store, clock=time.monotonic)
+        self._parts.push_async_callback(limits.stop)
+        await limits.start()
+        return limits
+
+    async def _serve(self, server: grpc.aio.Server, port: int, *, shared: bool = False) -> str:
+        where = listen(server, self._settings.host, port, shared=shared)
         await server.start()
         self._parts.push_async_callback(server.stop, GRACE_S)
         return where
@@ -211,32 +249,20 @@ class RouterProcess:
         if not settings.cluster_secret:
             log.warning("no cluster secret is set: a random one is used, and no second router can join")
         secret = (settings.cluster_secret or secrets.token_hex(32)).encode()
-        claim = SecretClaim(settings.redis, settings.cluster, secret)
+        claim = SecretClaim(settings.redis_url, settings.cluster, secret)
         self._parts.push_async_callback(claim.stop)
         await claim.start()
         return secret
 
 
-class ServedModel:
-    """The model card, narrowed to what the fleet's workers can do once one is known."""
+def served_card(card: ModelCard, spec: FleetModel | None) -> ModelCard:
+    """The model's card as the fleet's workers serve it, once one is known.
 
-    def __init__(self, card: ModelCard, fleet: Fleet) -> None:
-        self._fleet = fleet
-        self._own = card
-        self._spec: FleetModel | None = None
-        self._narrowed = card
-
-    def card(self) -> ModelCard:
-        """The card as it holds now."""
-        spec = self._fleet.model_spec
-        if spec is not self._spec and spec is not None:
-            self._spec = spec
-            self._narrowed = replace(
-                self._own,
-                context_length=min(self._own.context_length, spec.max_model_len),
-                vocab_size=min(self._own.vocab_size, spec.vocab_size),
-            )
-        return self._narrowed
+    How long a sequence may be is theirs to say: a small pool allows less than the model does, a window much more.
+    """
+    if spec is None:
+        return card
+    return replace(card, context_length=spec.max_model_len, vocab_size=min(card.vocab_size, spec.vocab_size))
 
 
 class SecretClaim:
@@ -296,13 +322,25 @@ class SecretClaim:
             agreed = now_agreed
 
 
-def _redis_client(url: str) -> redis.asyncio.Redis:
+def _redis_client(url: str, *, timeout_s: float = 1.0) -> redis.asyncio.Redis:
     try:
         return redis.asyncio.Redis.from_url(
-            url, socket_timeout=1.0, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0)
+            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
         )
     except ValueError as error:
         raise ConfigError(described(error, url)) from error
+
+
+async def _explain(
+    generation: Generation,
+    authenticator: Authenticator,
+    card: Callable[[], ModelCard],
+    tenant: TenantId,
+    request: GenerateRequest,
+) -> Placement:
+    """Where a tenant's call would go, whether or not the tenant has a record."""
+    known = authenticator.lookup(tenant) or Tenant(tenant)
+    return await generation.explain(known, check_request(request, card()), card())
 
 
 def _add_gauges(metrics: Metrics, view: RouterView) -> None:

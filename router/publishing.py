@@ -11,15 +11,15 @@ import logging
 import secrets
 import time
 from array import array
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 from kvstore.block import WorkerId
 from kvstore.scope import TenantId
 from pando.errors import FieldViolation, NotFound, PandoError, PermissionDenied, ResourceExhausted, Unavailable
-from router.dispatch import SamplingChoice, TokenDelta, TokenRequest
+from router.dispatch import SamplingChoice, TokenRequest
 from router.generation import TokenSource
 from router.prefix_catalog import PrefixCatalog, PrefixRecord, Published
 from router.prefix_registry import PrefixRegistry
@@ -138,8 +138,7 @@ class Publishing:
             warming=record,
             only=worker,
         )
-        stream = self._source.stream(request)
-        async with aclosing(cast("AsyncGenerator[TokenDelta, None]", stream)) as deltas:
+        async with aclosing(self._source.stream(request)) as deltas:
             async for _ in deltas:
                 pass
 
@@ -163,7 +162,7 @@ class Publishing:
             )
 
     def _charge(self, record: PrefixRecord) -> int:
-        return record.num_blocks(self._block_size) * record.copies
+        return record.num_pinned(self._block_size) * record.copies
 
     # Computing
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -45,6 +45,7 @@ class ServerOptions:
     limits: GateLimits
     max_message_bytes: int
     reflection: bool
+    shared_port: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +86,16 @@ def admin_server(view: RouterView, admin_key: str, options: ServerOptions) -> gr
         require_admin(admin_key, metadata)
         return _NOBODY
 
-    server = _server(options, Gate(authorize, options.limits, observe=view.metrics.call))
+    server = _server(replace(options, shared_port=False), Gate(authorize, options.limits, observe=view.metrics.call))
     admin_pb2_grpc.add_AdminServicer_to_server(AdminService(view), server)
     if options.reflection:
         enable_server_reflection((ADMIN, REFLECTION), server)
     return server
 
 
-def listen(server: grpc.aio.Server, host: str, port: int) -> str:
-    """Bind the server; gives "host:port". `ConfigError` if the port is taken."""
-    check_free(host, port)
+def listen(server: grpc.aio.Server, host: str, port: int, *, shared: bool = False) -> str:
+    """Bind the server; gives "host:port". `ConfigError` if the port is taken, by one that does not share it."""
+    check_free(host, port, shared=shared)
     try:
         bound = server.add_insecure_port(address(host, port))
     except RuntimeError as error:
@@ -102,7 +103,7 @@ def listen(server: grpc.aio.Server, host: str, port: int) -> str:
     return address(host, bound)
 
 
-def check_free(host: str, port: int) -> None:
+def check_free(host: str, port: int, *, shared: bool = False) -> None:
     """Raise `ConfigError` if something listens there: asked first because gRPC logs pages about it."""
     if port > MAX_PORT:
         raise ConfigError(f"cannot listen on port {port}: the highest is {MAX_PORT}")
@@ -110,8 +111,11 @@ def check_free(host: str, port: int) -> None:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with closing(socket.socket(family, kind, protocol)) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shared:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             probe.bind(where)
-            probe.listen(1)
+            if not shared:  # or a client could reach the probe
+                probe.listen(1)
     except OSError as error:
         raise ConfigError(f"cannot listen on {address(host, port)}: {error.strerror or 'no such address'}") from error
 
@@ -125,7 +129,7 @@ def _server(options: ServerOptions, gate: Gate) -> grpc.aio.Server:
     return grpc.aio.server(
         interceptors=(gate,),
         options=(
-            ("grpc.so_reuseport", 0),  # a port that is taken is an error
+            ("grpc.so_reuseport", int(options.shared_port)),  # else a port that is taken is an error
             ("grpc.max_receive_message_length", options.max_message_bytes),
             ("grpc.max_metadata_size", MAX_METADATA_BYTES),
             ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),

@@ -6,6 +6,7 @@ is refused as a whole.
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ AUDIENCES = (OWN, GROUP, PUBLIC)
 DEFAULT_PUBLISH = frozenset({OWN, GROUP})
 DEFAULT_PUBLISH_BUDGET_BLOCKS = 4096
 MAX_GROUPS = 16
+MAX_WEIGHT = 1000
 MAX_BLOCKS = 2**31 - 1
 """The wire has 32 bits for a number of blocks."""
 
@@ -48,16 +50,21 @@ NO_QUOTA = KvQuota()
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """An authenticated caller and what it may use. `max_in_flight` 0 sets no limit of its own.
+    """An authenticated caller and what it may use of the fleet, through all routers together; 0 sets no limit.
 
-    `publish` says with whom it may share prefixes.
+    `weight` is its share of busy workers, beside others with theirs; `publish` says with whom it may share prefixes.
+    `ttft_s` is the time to first token that it shall get or be refused; 0 for none.
     """
 
     id: TenantId
     max_in_flight: int = 0
+    requests_per_s: float = 0.0
+    prompt_tokens_per_s: float = 0.0
+    weight: int = 1
     groups: tuple[str, ...] = ()
     publish: frozenset[str] = DEFAULT_PUBLISH
     quota: KvQuota = NO_QUOTA
+    ttft_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +115,20 @@ def _read_tenant(name: str, record: Any) -> tuple[Tenant, list[bytes]]:
     tenant = Tenant(
         TenantId(name),
         _count(name, record, "max_in_flight") or 0,
+        requests_per_s=_rate(name, record, "requests_per_s"),
+        prompt_tokens_per_s=_rate(name, record, "prompt_tokens_per_s"),
+        weight=_weight(name, record),
         groups=_groups(name, record),
         publish=_publish(name, record),
         quota=_quota(name, record),
+        ttft_s=(_count(name, record, "ttft_target_ms") or 0) / 1e3,
     )
     return tenant, [_parse_hash(name, key) for key in keys]
 
 
 _QUOTAS = ("device_floor_blocks", "device_ceiling_blocks", "cpu_floor_blocks", "cpu_ceiling_blocks")
-_SETTINGS = {"keys", "max_in_flight", "groups", "publish", "publish_budget_blocks", *_QUOTAS}
+_LIMITS = ("max_in_flight", "requests_per_s", "prompt_tokens_per_s", "weight", "ttft_target_ms")
+_SETTINGS = {"keys", "groups", "publish", "publish_budget_blocks", *_LIMITS, *_QUOTAS}
 
 
 def _quota(name: str, record: Mapping[str, Any]) -> KvQuota:
@@ -160,6 +172,20 @@ def _count(name: str, record: Mapping[str, Any], key: str) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_BLOCKS:
         raise ConfigError(f"{key} of tenant '{name}' must be a whole number, 0 or more")
     return value
+
+
+def _rate(name: str, record: Mapping[str, Any], key: str) -> float:
+    value = record.get(key, 0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ConfigError(f"{key} of tenant '{name}' must be a number a second, 0 or more")
+    return float(value)
+
+
+def _weight(name: str, record: Mapping[str, Any]) -> int:
+    weight = _count(name, record, "weight")
+    if weight is not None and not 1 <= weight <= MAX_WEIGHT:
+        raise ConfigError(f"weight of tenant '{name}' must be from 1 to {MAX_WEIGHT}")
+    return weight or 1
 
 
 def _parse_hash(name: str, key: Any) -> bytes:

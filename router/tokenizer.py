@@ -76,8 +76,8 @@ class SpecialTokenGuard:
 class Tokenizer:
     """The tokenizer of one model folder. Encoding runs in `threads` threads and never on the event loop."""
 
-    def __init__(self, folder: Path, *, threads: int = 2, max_tokens: int = 1 << 20) -> None:
-        """`max_tokens`: the longest prompt that any worker takes; a text that must be longer is refused unread."""
+    def __init__(self, folder: Path, *, threads: int = 2, max_tokens: Callable[[], int] = lambda: 1 << 20) -> None:
+        """`max_tokens`: the longest prompt that a worker takes now; a text that must be longer is refused unread."""
         mark = "".join(chr(0xFDD0 + secrets.randbelow(32)) for _ in range(8))  # noncharacters: no text holds them
         config = read_tokenizer_config(folder)
         described = read_json(folder / "tokenizer.json")
@@ -88,7 +88,7 @@ class Tokenizer:
         self._bytes = token_bytes(self._file.get_vocab(with_added_tokens=False), added, described.get("decoder"))
         self._bos = self._bos_rule(config)
         self._max_tokens = max_tokens
-        self._max_bytes = max_tokens * _SHRINK * max((len(piece) for piece in self._bytes.pieces), default=1)
+        self._token_bytes = _SHRINK * max((len(piece) for piece in self._bytes.pieces), default=1)
         self._threads = ThreadPoolExecutor(max(1, threads), thread_name_prefix="tokenizer")
 
     @property
@@ -140,7 +140,7 @@ class Tokenizer:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, size: int, work: Callable[[], T]) -> T:
-        if size > self._max_bytes:
+        if size > self._max_tokens() * self._token_bytes:
             raise InvalidRequest("the prompt is longer than the model's context", reason="CONTEXT_LENGTH")
         try:
             async with asyncio.timeout(TIME_CAP_S):
@@ -151,9 +151,10 @@ class Tokenizer:
     def _ids(self, text: str, *, specials: bool) -> array[int]:
         # The batch call lets go of the interpreter lock while it works, the single one does not.
         [encoding] = self._file.encode_batch_fast([text], add_special_tokens=specials)
-        if len(encoding) > self._max_tokens:  # said before the ids, which may be millions, become Python's
+        most = self._max_tokens()
+        if len(encoding) > most:  # said before the ids, which may be millions, become Python's
             raise InvalidRequest(
-                f"the prompt has {len(encoding)} tokens and the model's context {self._max_tokens}",
+                f"the prompt has {len(encoding)} tokens and the model's context {most}",
                 reason="CONTEXT_LENGTH",
             )
         return array("I", encoding.ids)

@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 
+from kvstore.block import WorkerId
+from kvstore.following import FeedRequest, Following
 from kvstore.scope import ScopeRoot
 from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
@@ -25,8 +27,10 @@ from router.link_messages import (
     Submission,
     WorkerHello,
     WorkerLoad,
+    feed_message,
     link_output,
     pin_message,
+    snapshot_part,
     submit_message,
     worker_load,
 )
@@ -59,12 +63,15 @@ class WorkerLost(Exception):
 
 
 class LinkStream:
-    """The outputs of one sequence, waiting to be taken; a slow reader finds them together."""
+    """The outputs of a submission, waiting to be taken; a slow reader finds them together.
 
-    __slots__ = ("_lost", "_news", "_outputs", "sequence")
+    `sequences` are its number on the link and those of its forks.
+    """
 
-    def __init__(self, sequence: int) -> None:
-        self.sequence = sequence
+    __slots__ = ("_lost", "_news", "_outputs", "sequences")
+
+    def __init__(self, sequences: tuple[int, ...]) -> None:
+        self.sequences = sequences
         self._outputs: list[LinkOutput] = []
         self._news = asyncio.Event()
         self._lost = False
@@ -92,7 +99,8 @@ class LinkStream:
 class WorkerLink:
     """Keeps a session with one life of a worker, for one event loop; reconnects with backoff until it is stopped.
 
-    `on_change` is called when the session comes up, breaks, or the worker reports its load.
+    `on_change` is called when the session comes up, breaks, or the worker reports its load. `following` is told of the
+    session, may ask over it for block events, and gets them.
     """
 
     def __init__(
@@ -104,6 +112,7 @@ class WorkerLink:
         token: str = "",
         on_change: Callable[[], None] = lambda: None,
         rng: random.Random | None = None,
+        following: Following | None = None,
     ) -> None:
         self.address = address
         self.live = False
@@ -114,6 +123,8 @@ class WorkerLink:
         self._expected = expected
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._on_change = on_change
+        self._following = following
+        self._worker = WorkerId(expected.worker)
         self._rng = rng or random.Random()
         self._sequences = itertools.count(1)
         self._streams: dict[int, LinkStream] = {}
@@ -141,18 +152,24 @@ class WorkerLink:
             self._task = None
 
     def submit(self, submission: Submission) -> LinkStream:
-        """Send a sequence; its outputs arrive in the stream. Raises `WorkerLost` while there is no session."""
+        """Send a request; outputs of it and its forks arrive in one stream. Raises `WorkerLost` without a session."""
         if not self.live:
             raise WorkerLost
-        stream = LinkStream(next(self._sequences))
-        self._streams[stream.sequence] = stream
-        self._outgoing.put_nowait(pb.RouterMessage(submit=submit_message(stream.sequence, submission)))
+        stream = LinkStream(tuple(next(self._sequences) for _ in (0, *submission.fork_seeds)))
+        self._streams.update(dict.fromkeys(stream.sequences, stream))
+        self._outgoing.put_nowait(pb.RouterMessage(submit=submit_message(stream.sequences, submission)))
         return stream
 
     def close(self, stream: LinkStream) -> None:
-        """Forget a stream and cancel its sequence if the worker has not ended it. Idempotent, never waits."""
-        if self._streams.pop(stream.sequence, None) is not None:
-            self._outgoing.put_nowait(pb.RouterMessage(cancel=pb.Cancel(sequence=stream.sequence)))
+        """Forget a stream and cancel what of it the worker has not ended. Idempotent, never waits."""
+        for fork in range(len(stream.sequences)):
+            self.cancel(stream, fork)
+
+    def cancel(self, stream: LinkStream, fork: int) -> None:
+        """As `close`, for one sequence of a stream: 0 is the first, i its i-th fork."""
+        sequence = stream.sequences[fork]
+        if self._streams.pop(sequence, None) is not None:
+            self._outgoing.put_nowait(pb.RouterMessage(cancel=pb.Cancel(sequence=sequence)))
 
     def pin(self, order: PinOrder) -> bool:
         """Ask the worker to keep the blocks of a prefix; whether there is a session to say it on."""
@@ -170,7 +187,7 @@ class WorkerLink:
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             stub = worker_pb2_grpc.WorkerLinkStub(channel)
             try:
-                answer = await stub.Purge(pb.PurgeRequest(roots=roots), timeout=timeout_s)
+                answer = await stub.Purge(pb.PurgeRequest(roots=roots), timeout=timeout_s, metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
                 logger.warning("worker %s did not purge: %s", self._expected.worker, error.code().name)
                 return None
@@ -224,6 +241,8 @@ class WorkerLink:
             raise _Stranger("another worker, epoch or key fingerprint answered")
         self.live = True
         self.reason = ""
+        if self._following is not None:
+            self._following.link_up(self._worker, self._expected.epoch, self._ask)
         self._on_change()
 
     async def _messages(self) -> AsyncIterator[pb.RouterMessage]:
@@ -245,6 +264,13 @@ class WorkerLink:
             self.load = worker_load(message.load)
             self.num_loads += 1
             self._on_change()
+        elif kind == "events" and self._following is not None:
+            self._following.take_feed(self._worker, self._expected.epoch, message.events.batches)
+        elif kind == "snapshot" and self._following is not None:
+            self._following.take_snapshot(self._worker, self._expected.epoch, snapshot_part(message.snapshot))
+
+    def _ask(self, request: FeedRequest) -> None:
+        self._outgoing.put_nowait(feed_message(request))
 
     def _deliver(self, output: pb.SequenceOutput) -> None:
         stream = self._streams.get(output.sequence)
@@ -252,7 +278,7 @@ class WorkerLink:
             return
         if output.finish != pb.FINISH_NONE:
             del self._streams[output.sequence]
-        stream._put(link_output(output))
+        stream._put(link_output(output, stream.sequences.index(output.sequence)))
 
     def _down(self, reason: str) -> None:
         if self.live:
@@ -261,6 +287,8 @@ class WorkerLink:
 
     def _lose_all(self) -> None:
         self.live = False
+        if self._following is not None:
+            self._following.link_down(self._worker, self._ask)
         streams, self._streams = self._streams, {}
         for stream in streams.values():
             stream._lose()

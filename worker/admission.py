@@ -29,6 +29,13 @@ class SchedulerLimits:
     window: int | None = None
     sinks: int = 0
 
+    def num_held(self, num_positions: int, block_size: int) -> int:
+        """Of how many positions at most a sequence so long holds KV at one time."""
+        if self.window is None:
+            return num_positions
+        # What is sealed is given back at once, when a window and a step more have been computed.
+        return min(num_positions, self.sinks + 2 * (self.window + self.max_batch_tokens + block_size))
+
 
 class Admission:
     """Attaches sequences to the blocks of one worker."""
@@ -55,7 +62,7 @@ class Admission:
             sequence.num_computed_tokens += sequence.load.num_loaded
         reach = self.reach(sequence, sequence.num_computed_tokens + self._limits.max_batch_tokens)
         while not (self._has_room(sequence, running) and table.reserve(reach)):
-            if not alone or not self._holdings.give_way():
+            if not alone or not (self._drop_part(sequence) or self._holdings.give_way()):
                 sequence.release()
                 self._blocked = (sequence.id, self._pool.num_available)
                 return False
@@ -83,12 +90,27 @@ class Admission:
         sequence.num_computed_tokens = found.num_tokens
         return not sequence.must_wait()
 
+    def _drop_part(self, sequence: Sequence) -> bool:
+        """Do without the copied start of a block, if there is one: its source is a block more to hold."""
+        if not sequence.num_computed_tokens % self._pool.block_size:
+            return False
+        sequence.blocks.release()
+        limit = len(sequence.token_ids) - 1
+        sequence.num_computed_tokens = sequence.blocks.attach_blocks(sequence.token_ids, limit)
+        return True
+
     def _facts(self, sequence: Sequence, now: float) -> AdmissionFacts:
         cached, load, table = sequence.num_computed_tokens, sequence.load, sequence.blocks
         loaded, published = (load.num_loaded, load.num_published) if load is not None else (0, 0)
+        first, pulled = cached - loaded, sequence.request.pulled
+        remote = _overlap(range(first, cached), pulled)
+        remote_published = _overlap(range(first, first + published), pulled)
         return AdmissionFacts(
             cached_device_tokens=cached - loaded,
-            cached_cpu_tokens=loaded,
+            cached_cpu_tokens=loaded - remote,
+            cached_remote_tokens=remote,
+            cached_cpu_published_tokens=published - remote_published,
+            cached_remote_published_tokens=remote_published,
             cached_published_tokens=table.cached_published + published,
             queue_s=now - sequence.queued_at,
             blocks_copied=int(cached % self._pool.block_size > 0),
@@ -135,3 +157,7 @@ class Admission:
             return False
         owner = self._pool.account(sequence.request.owner)
         return owner.held - (-len(sequence.token_ids) // self._pool.block_size) <= owner.floor
+
+
+def _overlap(one: range, other: range) -> int:
+    return max(0, min(one.stop, other.stop) - max(one.start, other.start))

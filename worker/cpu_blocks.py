@@ -138,6 +138,19 @@ class CpuBlocks:
         """The row is about to be written: it is not intact until it is signed again."""
         self._checksums[block] = None
 
+    def payload(self, block: int) -> bytes | None:
+        """The bytes of a row, None if it is not intact."""
+        return self._bytes[block].tobytes() if self.intact(block) else None
+
+    def put(self, block: int, payload: bytes) -> bool:
+        """Write and sign a row; False if these are not the bytes of a row."""
+        if len(payload) != self._bytes.shape[1]:
+            return False
+        self.begin_write(block)
+        self._bytes[block] = np.frombuffer(payload, np.uint8)
+        self.sign(block)
+        return True
+
     def wipe(self, blocks: Sequence[int]) -> None:
         """Overwrite these rows with zeros, and forget their checksums."""
         for block in blocks:

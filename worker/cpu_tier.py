@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from time import perf_counter
@@ -45,6 +46,15 @@ class _Flight:
     issued: threading.Event = field(default_factory=threading.Event)  # the source is read, or `done` says when
 
 
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """A row that comes from elsewhere."""
+
+    block: int
+    payload: bytes
+    done: Future[bool] = field(default_factory=Future)
+
+
 class CpuTier:
     """`num_blocks` blocks of CPU memory behind `device_blocks`, whose first dimension is the block.
 
@@ -58,6 +68,7 @@ class CpuTier:
         self._device_blocks = device_blocks
         self._device = device_blocks.device
         self._lossy = cpu_dtype == "int8"
+        self.payload_format = f"{cpu_dtype} {device_blocks.dtype} {list(device_blocks.shape[1:])}"
         self._format = block_format(cpu_dtype, device_blocks[0])
         cuda = self._device.type == "cuda"
         self._store = CpuBlocks(num_blocks, self._format.row_bytes, pinned=cuda)
@@ -68,7 +79,7 @@ class CpuTier:
         self._last_end = 0.0
         self._demoted = 0
         self._ended: deque[TransferEnd] = deque()
-        self._orders: SimpleQueue[_Flight | list[int] | None] = SimpleQueue()
+        self._orders: SimpleQueue[_Flight | _Write | list[int] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="cpu-tier", daemon=True)
         self._thread.start()
 
@@ -85,6 +96,16 @@ class CpuTier:
     def wipe(self, block_ids: Sequence[int]) -> None:
         """Overwrite these CPU blocks after the transfers started before, and before those started later."""
         self._orders.put(list(block_ids))
+
+    def read(self, block_id: int) -> bytes | None:
+        """The payload of a CPU block that is held, None if it is not intact. From any thread."""
+        return self._store.payload(block_id)
+
+    def write(self, block_id: int, payload: bytes) -> Future[bool]:
+        """Fill a CPU block that is held, behind the orders given so far. From any thread."""
+        order = _Write(block_id, payload)
+        self._orders.put(order)
+        return order.done
 
     def take_ended(self) -> list[TransferEnd]:
         """Transfers that ended since the last call, in the order they were started. Never waits."""
@@ -131,7 +152,10 @@ class CpuTier:
             else:
                 self._finish(flights)
                 flights = []
-                self._store.wipe(order)
+                if isinstance(order, _Write):
+                    order.done.set_result(self._store.put(order.block, order.payload))
+                else:
+                    self._store.wipe(order)
             if len(flights) == most or self._orders.empty():
                 break
             order = self._orders.get()

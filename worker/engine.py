@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 from kvstore.block_pool import BlockPool
 from kvstore.events import Event
@@ -23,21 +24,21 @@ from kvstore.tiers import TierCounts
 from pando.errors import ConfigError
 from worker.batch import Batch, SamplingParams
 from worker.holdings import Holdings, PinRequest, PurgeCount
-from worker.offload import Offload
+from worker.offload import MOVING_INTERVAL_S, Offload
 from worker.runner import Runner
 from worker.scheduler import Scheduler
 from worker.sequence import SequenceOutput, SequenceRequest
+from worker.step_rates import StepRates
 
 logger = logging.getLogger(__name__)
 
 LOAD_INTERVAL_S = 0.1
 CHECK_INTERVAL_S = 1.0
-MOVING_INTERVAL_S = 0.0005
-"""How often an engine that has nothing to compute looks for blocks that have come."""
 WARM_UP_ID = -1
 WARM_UP_TOKENS = 256
 
 Clock = Callable[[], float]
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,25 @@ class _Unpin:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Purge:
-    roots: frozenset[ScopeRoot]
-    answer: Future[PurgeCount]
+class _Call:
+    """Work of somebody else's, done between two steps."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work = work
+        self.answer: Future[Any] = Future()
+
+    def run(self) -> None:
+        if not self.answer.set_running_or_notify_cancel():
+            return
+        try:
+            self.answer.set_result(self._work())
+        except BaseException as error:
+            self.answer.set_exception(error)
+            raise
+
+    def refuse(self) -> None:
+        if self.answer.set_running_or_notify_cancel():
+            self.answer.set_exception(EngineStopped())
 
 
 class _Drain:
@@ -97,35 +113,8 @@ class _Stop:
     """End the thread."""
 
 
-_Work = SequenceRequest | _Cancel | PinRequest | _Unpin | _Purge | _Drain | _Stop
+_Work = SequenceRequest | _Cancel | PinRequest | _Unpin | _Call | _Drain | _Stop
 OnStep = Callable[[StepReport], None]
-
-
-class StepRates:
-    """Moving averages over steps: prefill tokens a second, weighted by tokens, and milliseconds a step."""
-
-    HALF_LIFE_TOKENS = 4096
-    STEP_WEIGHT = 0.1
-
-    def __init__(self) -> None:
-        self._tokens = 0.0
-        self._seconds = 0.0
-        self.step_ms = 0.0
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        """0 until a prefill has been seen."""
-        return self._tokens / self._seconds if self._seconds > 0 else 0.0
-
-    def record(self, batch: Batch, seconds: float) -> None:
-        """Count a step; only one that is mostly prefill says something of the prefill rate."""
-        ms = seconds * 1e3
-        self.step_ms += (ms - self.step_ms) * (self.STEP_WEIGHT if self.step_ms else 1.0)
-        num_tokens = batch.num_tokens
-        if num_tokens >= 2 * len(batch.sequences):
-            kept = 0.5 ** (num_tokens / self.HALF_LIFE_TOKENS)
-            self._tokens = self._tokens * kept + num_tokens
-            self._seconds = self._seconds * kept + seconds
 
 
 class Engine:
@@ -189,11 +178,17 @@ class Engine:
 
     def purge(self, roots: Iterable[ScopeRoot]) -> Future[PurgeCount]:
         """Forget all blocks of these owners and end their sequences. The answer may be `EngineStopped`."""
-        purge = _Purge(frozenset(roots), Future())
-        self._work.put(purge)
+        owners = frozenset(roots)
+        return self.call(lambda: self._purge(owners))
+
+    def call(self, work: Callable[[], R]) -> Future[R]:
+        """Do something with what is the engine thread's, between two steps. The answer may be `EngineStopped`; what
+        `work` raises ends the engine."""
+        call = _Call(work)
+        self._work.put(call)
         if self._over:
             self._refuse_rest()
-        return purge.answer
+        return call.answer
 
     def drain(self) -> None:
         """Reject requests from now on; those taken before go on."""
@@ -212,8 +207,11 @@ class Engine:
         self._take_queued()
         self._holdings.expire(self.clock())
         if self._offload is not None:
-            rates = self._rates
-            self._offload.answer(step_s=rates.step_ms / 1e3, prefill_tokens_per_s=rates.prefill_tokens_per_s)
+            self._offload.answer(
+                step_s=self._rates.step_ms / 1e3,
+                num_sequences=self._scheduler.num_sequences,
+                prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
+            )
         batch = self._scheduler.schedule(self.clock())
         if self._offload is not None:
             self._offload.order(idle=batch is None)
@@ -287,13 +285,16 @@ class Engine:
                 self._holdings.pin(work, self.clock())
             case _Unpin():
                 self._holdings.unpin(work.name)
-            case _Purge():
-                self._scheduler.cancel_owners(work.roots)
-                work.answer.set_result(self._holdings.purge(work.roots))
+            case _Call():
+                work.run()
             case _Drain():
                 self._scheduler.draining = True
             case _Stop():
                 self._stopping = True
+
+    def _purge(self, owners: frozenset[ScopeRoot]) -> PurgeCount:
+        self._scheduler.cancel_owners(owners)
+        return self._holdings.purge(owners)
 
     # The thread
 
@@ -320,8 +321,8 @@ class Engine:
         with suppress(Empty):
             while True:
                 work = self._work.get_nowait()
-                if isinstance(work, _Purge):
-                    work.answer.set_exception(EngineStopped())
+                if isinstance(work, _Call):
+                    work.refuse()
 
     def _idle(self) -> None:
         """Sleep until there is work, after the last load is said and the pool has been looked over."""

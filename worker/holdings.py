@@ -37,7 +37,7 @@ class OwnerQuota:
 
 @dataclass(frozen=True, slots=True)
 class PinRequest:
-    """Keep the full blocks of `token_ids` that are cached, for `ttl_s`. The same name again replaces the pin."""
+    """Keep what is cached of `token_ids`, a published end too, for `ttl_s`. The same name again replaces the pin."""
 
     name: str
     regions: tuple[Region, ...]

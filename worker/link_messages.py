@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 
+from kvstore.exchange import Export
+from kvstore.ledger import SnapshotPart
 from kvstore.quota import Quota
 from kvstore.scope import Region, ScopeRoot, check_regions
 from pando.errors import InvalidRequest
@@ -21,6 +23,7 @@ from worker.sequence import AdmissionFacts, Finish, Fork, SequenceOutput, Sequen
 from worker.session import Attempt, News
 
 ID_BYTES = 16
+MAX_EVENT_BYTES = 1024 * 1024
 
 _FINISH = {
     Finish.STOP: pb.FINISH_STOP,
@@ -53,7 +56,37 @@ def sequence_request(submit: pb.Submit, engine_ids: list[int], vocab_size: int, 
         forks=tuple(Fork(i, fork.seed) for i, fork in zip(engine_ids[1:], submit.forks, strict=True)),
         publishers=_publishers(submit.regions),
         quota=_quota(submit.quota) if submit.HasField("quota") else None,
+        weight=max(submit.weight, 1),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class PullOrder:
+    """Where the head of a prompt is. Its first `num_blocks` full blocks are believed to be there."""
+
+    address: str
+    epoch: int
+    num_blocks: int
+    timeout_s: float
+
+
+def pull_order(submit: pb.Submit) -> PullOrder | None:
+    """What a Submit says of blocks to fetch first."""
+    pull = submit.pull
+    if not pull.num_blocks or not pull.timeout_ms or not pull.address:
+        return None
+    return PullOrder(pull.address, pull.epoch, pull.num_blocks, pull.timeout_ms / 1e3)
+
+
+def regions_message(regions: Iterable[Region]) -> list[pb.Region]:
+    """Regions as they cross the wire, without owners."""
+    return [pb.Region(scope_root=region.root, end=region.end or 0) for region in regions]
+
+
+def export_order(request: pb.FetchBlocksRequest, vocab_size: int) -> Export:
+    """The export that a FetchBlocksRequest asks for."""
+    _require(bool(request.token_ids) and max(request.token_ids) < vocab_size)
+    return Export(_regions(request.regions), array("I", request.token_ids), request.first, request.count)
 
 
 def pin_request(pin: pb.Pin, vocab_size: int) -> PinRequest:
@@ -135,10 +168,39 @@ def worker_messages(news: News) -> Iterator[pb.WorkerMessage]:
     if news.outputs:
         outputs = [_output_message(attempt, output) for attempt, output in news.outputs.items()]
         yield pb.WorkerMessage(step=pb.StepOutput(sequences=outputs))
-    if news.events:
-        yield pb.WorkerMessage(events=pb.Events(batches=news.events))
+    yield from _feed_messages(news.feed)
     if news.load is not None:
         yield pb.WorkerMessage(load=pb.Load(**asdict(news.load)))
+
+
+def _feed_messages(feed: Sequence[bytes | SnapshotPart]) -> Iterator[pb.WorkerMessage]:
+    """In order; batches that follow each other go together, up to a bounded size."""
+    batches: list[bytes] = []
+    size = 0
+    for told in feed:
+        if batches and (isinstance(told, SnapshotPart) or size + len(told) > MAX_EVENT_BYTES):
+            yield pb.WorkerMessage(events=pb.Events(batches=batches))
+            batches, size = [], 0
+        if isinstance(told, SnapshotPart):
+            yield pb.WorkerMessage(snapshot=_snapshot_message(told))
+        else:
+            batches.append(told)
+            size += len(told)
+    if batches:
+        yield pb.WorkerMessage(events=pb.Events(batches=batches))
+
+
+def _snapshot_message(part: SnapshotPart) -> pb.Snapshot:
+    at = part.position
+    return pb.Snapshot(
+        seq=at.seq,
+        num_blocks=at.num_blocks,
+        digest=at.digest,
+        tier=part.tier,
+        keys=part.keys,
+        first=part.is_first,
+        last=part.is_last,
+    )
 
 
 def _output_message(attempt: Attempt, output: SequenceOutput) -> pb.SequenceOutput:
@@ -158,6 +220,7 @@ def _admission_message(facts: AdmissionFacts) -> pb.Admission:
     return pb.Admission(
         cached_device_tokens=facts.cached_device_tokens,
         cached_cpu_tokens=facts.cached_cpu_tokens,
+        cached_remote_tokens=facts.cached_remote_tokens,
         cached_published_tokens=facts.cached_published_tokens,
         blocks_copied=facts.blocks_copied,
         queue_ms=facts.queue_s * 1e3,

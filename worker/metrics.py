@@ -5,10 +5,14 @@ Knows nothing of how steps are made. Names follow vLLM's where they mean the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from operator import attrgetter
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily
 
+from kvstore.block_pool import BlockPool
 from kvstore.tiers import TierCounts
 from worker.batch import Batch
 from worker.engine import Load, OnStep, StepReport
@@ -18,6 +22,15 @@ _STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _QUEUE_SECONDS = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
+_POOL_COUNTS: tuple[tuple[str, str, Callable[[BlockPool], int]], ...] = (
+    (
+        "blocks_evicted",
+        "KV blocks whose content was given up, for room or by a purge",
+        attrgetter("evictions"),
+    ),
+    ("key_collisions", "Looks that met another content under their key", attrgetter("contents.collisions")),
+)
+
 
 class StepMetrics:
     """An `on_step` that counts and passes on. `registry` holds the metrics."""
@@ -25,6 +38,7 @@ class StepMetrics:
     def __init__(self, then: OnStep, *, model: str, worker: str) -> None:
         self.registry = CollectorRegistry()
         self._then = then
+        self._pools: dict[str, BlockPool] = {}
         self._labels = {"model_name": model, "worker": worker}
         self._num_preemptions = 0
         self._running = self._gauge("num_requests_running", "Sequences that run")
@@ -34,14 +48,12 @@ class StepMetrics:
         self._rate = self._gauge("prefill_tokens_per_second", "Moving average of the prefill rate")
         self._prompt = self._counter("prompt_tokens", "Prefill tokens computed")
         self._generated = self._counter("generation_tokens", "Tokens generated")
-        hits = Counter(
+        self._hits = Counter(
             "pando_prefix_cache_hits",
-            "Prompt tokens found in the prefix cache at admission, by tier",
-            [*self._labels, "tier"],
+            "Prompt tokens found in the prefix cache at admission, by tier and by whose they are: own, published",
+            [*self._labels, "tier", "scope"],
             registry=self.registry,
         )
-        self._device_hits, self._cpu_hits = (hits.labels(*self._labels.values(), tier) for tier in ("device", "cpu"))
-        self._published_hits = self._counter("prefix_cache_published_hits", "Of these, in scopes that several share")
         self._copied = self._counter("kv_blocks_copied", "KV blocks of which a sequence took the start by copy")
         self._moved = Counter(
             "pando_kv_blocks_moved",
@@ -59,7 +71,20 @@ class StepMetrics:
         )
         self._step_tokens = self._histogram("iteration_tokens", "Tokens computed in a step", _STEP_TOKENS)
         self._step_seconds = self._histogram("step_seconds", "Duration of a step", _STEP_SECONDS)
+        self.registry.register(self)
         self._queue_seconds = self._histogram("request_queue_time_seconds", "Wait before admission", _QUEUE_SECONDS)
+
+    def watch(self, tier: str, pool: BlockPool) -> None:
+        """Tell what a pool counts, whenever the metrics are read."""
+        self._pools[tier] = pool
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """What the watched pools counted since the start."""
+        for name, text, read in _POOL_COUNTS:
+            family = CounterMetricFamily(f"pando_kv_{name}", text, labels=[*self._labels, "tier"])
+            for tier, pool in self._pools.items():
+                family.add_metric([*self._labels.values(), tier], read(pool))
+            yield family
 
     def __call__(self, report: StepReport) -> None:
         """Count a report and pass it on."""
@@ -85,9 +110,15 @@ class StepMetrics:
                 self._finished.labels(*self._labels.values(), output.finish.value).inc()
 
     def _count_admission(self, facts: AdmissionFacts) -> None:
-        self._device_hits.inc(facts.cached_device_tokens)
-        self._cpu_hits.inc(facts.cached_cpu_tokens)
-        self._published_hits.inc(facts.cached_published_tokens)
+        on_cpu, remote = facts.cached_cpu_published_tokens, facts.cached_remote_published_tokens
+        on_device = facts.cached_published_tokens - on_cpu - remote
+        for tier, cached, published in (
+            ("device", facts.cached_device_tokens, on_device),
+            ("cpu", facts.cached_cpu_tokens, on_cpu),
+            ("remote", facts.cached_remote_tokens, remote),
+        ):
+            for scope, tokens in (("own", cached - published), ("published", published)):
+                self._hits.labels(*self._labels.values(), tier, scope).inc(tokens)
         self._copied.inc(facts.blocks_copied)
         self._queue_seconds.observe(facts.queue_s)
 

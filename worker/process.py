@@ -20,6 +20,8 @@ from prometheus_client import start_http_server
 from kvstore.block_key import key_fingerprint
 from kvstore.block_pool import BlockPool
 from kvstore.lease import Fenced, Lease, LeaseKeeper, connect, take_epoch
+from kvstore.ledger import Ledger
+from kvstore.planted import planted_keys
 from kvstore.redis_index import RedisIndexWriter
 from kvstore.redis_url import why_no_answer
 from pando.errors import ConfigError
@@ -39,6 +41,10 @@ from worker.server import LinkServer, WorkerIdentity
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+REDIS_TIMEOUT_S = 0.05
+BULK_TIMEOUT_S = 1.0
+"""Of the small calls of every step and heartbeat, and of the calls that write a whole snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,7 @@ class WorkerProcess:
         self._publisher: Publisher | None = None
         self._metrics: WSGIServer | None = None
         self._redis: redis.Redis | None = None
+        self._bulk: redis.Redis | None = None
         self.failure = ""
         """Why it stopped by itself; empty otherwise."""
 
@@ -102,30 +109,35 @@ class WorkerProcess:
             if self._metrics is not None:
                 self._metrics.shutdown()
                 self._metrics.server_close()
-            if self._redis is not None:
-                self._redis.close()
+            for client in (self._redis, self._bulk):
+                if client is not None:
+                    client.close()
             if self._runner is not None:
                 self._runner.close()
             self._publisher = self._engine = self._loop = self._server = None
-            self._metrics = self._redis = self._runner = None
+            self._metrics = self._redis = self._bulk = self._runner = None
 
     def _start(self) -> WorkerReady:
         settings = self._settings
         check_settings(settings)
         check_link_token(settings.link_token, settings.host)
-        self._redis = _connect(settings)
+        self._bulk = _connect(settings)
         self._runner = _load_runner(settings)
         spec = self._runner.spec
-        epoch = _take_epoch(self._redis, settings)
+        epoch = _take_epoch(self._bulk, settings)
         pool = BlockPool(spec.num_blocks, spec.block_size, reuse=settings.prefix_cache == "on")
         metrics = StepMetrics(self._on_step, model=spec.name, worker=settings.worker_id)
         offload = _offload(self._runner, pool)
         tiers = offload.tiers if offload is not None else None
+        metrics.watch("device", pool)
+        if tiers is not None:
+            metrics.watch("cpu", tiers.cpu)
         holdings = Holdings(pool, tiers)
+        limits = _limits(settings, spec)
         self._engine = Engine(
             self._runner,
             pool,
-            Scheduler(pool, _limits(settings, spec), holdings=holdings, tiers=tiers),
+            Scheduler(pool, limits, holdings=holdings, tiers=tiers),
             metrics,
             holdings=holdings,
             offload=offload,
@@ -133,24 +145,28 @@ class WorkerProcess:
         )
         self._loop = _LoopThread()
         identity = _identity(settings, spec, epoch)
-        self._server = self._loop.call(_make_server(self._engine, identity, settings.link_token))
+        self._server = self._loop.call(_make_server(self._engine, identity, settings.link_token, offload))
         self._engine.start()
         address = self._loop.call(self._server.start(settings.host, settings.worker_port))
-        if self._redis is not None:
-            self._publisher = self._publish(self._redis, identity, spec, address)
+        if self._bulk is not None:
+            lease = _lease(settings, identity, spec, limits, address)
+            self._publisher = self._server.publisher = self._publish(self._bulk, lease, spec)
         if settings.worker_metrics_port:
             self._metrics = _serve_metrics(settings, metrics)
         return WorkerReady(settings.worker_id, epoch, identity.pid, address)
 
-    def _publish(self, client: redis.Redis, identity: WorkerIdentity, spec: ModelSpec, address: str) -> Publisher:
+    def _publish(self, bulk: redis.Redis, lease: Lease, spec: ModelSpec) -> Publisher:
         settings = self._settings
-        capacity = spec.num_blocks + settings.cpu_blocks
+        capacity = lease.device_blocks + settings.cpu_blocks
+        ledger = Ledger(settings.worker_id, lease.epoch)
+        self._redis = client = connect(settings.redis_url, timeout_s=REDIS_TIMEOUT_S)
         publisher = Publisher(
-            RedisIndexWriter(client, settings.cluster, settings.worker_id, identity.epoch, capacity=capacity),
+            RedisIndexWriter(client, settings.cluster, ledger, capacity=capacity, bulk=bulk),
             LeaseKeeper(client, settings.cluster, ttl_s=settings.lease_ttl_s),
-            _lease(settings, identity, spec, address),
+            lease,
             heartbeat_s=settings.heartbeat_s,
             on_fenced=self._on_fenced,
+            planted=planted_keys(spec.fingerprint, spec.block_size),
         )
         try:
             publisher.start()
@@ -201,18 +217,18 @@ async def _cancel_all() -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _make_server(engine: Engine, identity: WorkerIdentity, token: str) -> LinkServer:
-    return LinkServer(engine, identity, token=token)
+async def _make_server(engine: Engine, identity: WorkerIdentity, token: str, offload: Offload | None) -> LinkServer:
+    return LinkServer(engine, identity, token=token, offload=offload)
 
 
 def _connect(settings: WorkerSettings) -> redis.Redis | None:
     """A client of a Redis that answers; None where the settings name no Redis."""
     if not settings.redis:
         return None
-    timeout_s = min(1.0, settings.lease_ttl_s / 2)
-    if reason := why_no_answer(settings.redis, timeout_s):
+    timeout_s = min(BULK_TIMEOUT_S, settings.lease_ttl_s / 2)
+    if reason := why_no_answer(settings.redis_url, timeout_s):
         raise ConfigError(reason)
-    return connect(settings.redis, timeout_s=timeout_s)
+    return connect(settings.redis_url, timeout_s=timeout_s)
 
 
 def _take_epoch(client: redis.Redis | None, settings: WorkerSettings) -> int:
@@ -268,7 +284,9 @@ def _identity(settings: WorkerSettings, spec: ModelSpec, epoch: int) -> WorkerId
     )
 
 
-def _lease(settings: WorkerSettings, identity: WorkerIdentity, spec: ModelSpec, address: str) -> Lease:
+def _lease(
+    settings: WorkerSettings, identity: WorkerIdentity, spec: ModelSpec, limits: SchedulerLimits, address: str
+) -> Lease:
     return Lease(
         worker_id=identity.worker,
         epoch=identity.epoch,
@@ -280,6 +298,7 @@ def _lease(settings: WorkerSettings, identity: WorkerIdentity, spec: ModelSpec, 
         pid=identity.pid,
         device_blocks=identity.device_blocks,
         max_model_len=identity.max_model_len,
+        max_held=limits.num_held(identity.max_model_len, identity.block_size),
         vocab_size=identity.vocab_size,
         max_sequences=settings.max_sequences,
         max_waiting=settings.max_waiting,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +31,16 @@ class BlockMover(Protocol):
     """KV blocks in CPU memory, and copies to and from them beside the steps. For the runner's thread; never waits."""
 
     num_blocks: int
+    payload_format: str
+    """What a payload's bytes mean, but for the model: workers with the same name may exchange payloads."""
+
+    def read(self, block_id: int) -> bytes | None:
+        """The payload of a CPU block that is held, None if it is not what was demoted. From any thread."""
+        ...
+
+    def write(self, block_id: int, payload: bytes) -> Future[bool]:
+        """Fill a CPU block that is held, after all wipes said so far; False if that is no payload. From any thread."""
+        ...
 
     def wipe(self, block_ids: Sequence[int]) -> None:
         """Overwrite these CPU blocks, which hold nothing any more; called before transfers that use them again."""

@@ -15,6 +15,7 @@ from kvstore.scope import ScopeRoot
 from kvstore.tiers import Tiers
 from worker.admission import Admission, SchedulerLimits
 from worker.batch import Batch
+from worker.fairness import FairQueue
 from worker.holdings import Holdings
 from worker.sequence import Finish, Sequence, SequenceOutput, SequenceRequest, State
 from worker.step_plan import StepPlan
@@ -35,8 +36,8 @@ class Scheduler:
         self._limits = limits
         self._admission = Admission(pool, limits, holdings or Holdings(pool, tiers), tiers)
         self._sequences: dict[int, Sequence] = {}
-        self._waiting: list[Sequence] = []  # by Sequence.order, as is _running
-        self._running: list[Sequence] = []
+        self._queue = FairQueue()
+        self._running: list[Sequence] = []  # by Sequence.order
         self._deadlines: list[tuple[float, int]] = []
         self._outputs: list[SequenceOutput] = []
         self._arrivals = 0
@@ -54,6 +55,7 @@ class Scheduler:
             return
         for sequence in (leader, *forks):
             self._sequences[sequence.id] = sequence
+            self._queue.enter(sequence)
             if request.deadline is not None:
                 insort(self._deadlines, (request.deadline, sequence.id))
         if len(leader.token_ids) >= leader.max_num_tokens:
@@ -82,7 +84,7 @@ class Scheduler:
     def abandon(self, reason: str) -> None:
         """As `fail_all`, without giving blocks back: for a pool that is broken."""
         self._outputs += [sequence.end(Finish.ERROR, reason) for sequence in self._sequences.values()]
-        for collection in (self._sequences, self._waiting, self._running, self._deadlines):
+        for collection in (self._sequences, self._queue, self._running, self._deadlines):
             collection.clear()
 
     def take_outputs(self) -> list[SequenceOutput]:
@@ -96,7 +98,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queue)
 
     @property
     def num_sequences(self) -> int:
@@ -106,9 +108,8 @@ class Scheduler:
     def num_queued_tokens(self) -> int:
         """Tokens that wait to be computed before their sequences can go on: not the one of a decode, and not those that
         another sequence computes already."""
-        size = self._pool.block_size
         return sum(
-            max(s.num_uncomputed_tokens - 1 - (s.wait.num_blocks * size if s.wait is not None else 0), 0)
+            max(s.num_uncomputed_tokens - 1 - (s.wait.num_tokens if s.wait is not None else 0), 0)
             for s in self._sequences.values()
             if s.origin is None
         )
@@ -147,10 +148,10 @@ class Scheduler:
             table = sequence.blocks
             if sequence.unsettled:
                 table.copies_done()
-                sequence.unsettled = False
-            table.seal(sequence.token_ids, sequence.num_computed_tokens)
+            sequence.unsettled = table.seal(sequence.token_ids, sequence.num_computed_tokens)
             self._admission.leave_window(sequence)
             if share.sampling is not None:
+                self._queue.serve(sequence, generated_tokens=1 + len(sequence.forks))
                 for one in (sequence, *self._fork(sequence)):
                     self._emit(one, one.append(next(sampled)))
 
@@ -172,22 +173,19 @@ class Scheduler:
         leader.forks = forks
         for fork in forks:
             fork.origin = leader
-        insort(self._waiting, leader, key=_order)
+        self._queue.add(leader)
 
     def _refusal(self, sequence: Sequence) -> str:
         if self.draining:
             return "DRAINING"
         limits, size = self._limits, self._pool.block_size
-        # The last token is never computed, so it needs no slot.
-        num_positions = sequence.max_num_tokens - 1
         if sequence.max_num_tokens > limits.max_model_len:
             return "CONTEXT_LENGTH"
-        if limits.window is not None:
-            # What is sealed is given back at once, when a window and a step more have been computed.
-            num_positions = min(num_positions, limits.sinks + 2 * (limits.window + limits.max_batch_tokens + size))
-        if -(-num_positions // size) > self._pool.num_blocks:
+        # The last token is never computed, so it needs no slot.
+        num_held = limits.num_held(sequence.max_num_tokens - 1, size)
+        if -(-num_held // size) > self._pool.num_blocks:
             return "KV_CAPACITY"
-        if len(self._waiting) >= self._limits.max_waiting:
+        if len(self._queue) >= self._limits.max_waiting:
             return "QUEUE_FULL"
         return ""
 
@@ -219,13 +217,13 @@ class Scheduler:
         _remove(self._running, sequence)
         sequence.release()
         sequence.state = State.WAITING
-        insort(self._waiting, sequence, key=_order)
+        self._queue.add(sequence)
         self.num_preemptions += 1
 
     def _fork(self, sequence: Sequence) -> list[Sequence]:
         """Let those go that waited for this prompt, over the same blocks; what is too many to run goes to the queue."""
         forks, sequence.forks = sequence.forks, []
-        sequence.unsettled = bool(forks)
+        sequence.unsettled |= bool(forks)
         for fork in forks:
             fork.follow(sequence)
             if len(self._running) < self._limits.max_sequences:
@@ -235,29 +233,31 @@ class Scheduler:
                 fork.state = State.RUNNING
                 insort(self._running, fork, key=_order)
             else:
-                insort(self._waiting, fork, key=_order)
+                self._queue.add(fork)
         return forks
 
     # Waiting -> running
 
     def _admissions(self, now: float) -> Iterator[Sequence]:
-        """Admit from the queue, in order, what gets blocks for all its tokens, so that it can finish its prompt.
+        """Admit from the queue, in its order, what gets blocks for all its tokens, so that it can finish its prompt.
 
         Those that wait for another sequence are passed by, and those that find they have to. Behind one that does not
         fit go only those that take what is their own, and those that hold blocks already, loaded for them.
         """
         blocked = given_up = False
         loading = 0
-        for sequence in self._waiting.copy():
+        for sequence in self._queue:
             if len(self._running) + loading >= self._limits.max_sequences:
                 return
-            holds = sequence.load is not None
+            holds, is_new = sequence.load is not None, sequence.admission is None
             if sequence.must_wait():
                 loading += holds
             elif blocked and not holds and not self._admission.is_within_floor(sequence):
                 continue
             elif self._admission.attach(sequence, now, self._running):
-                _remove(self._waiting, sequence)
+                self._queue.remove(sequence)
+                if is_new:
+                    self._queue.serve(sequence, prompt_tokens=sequence.num_uncomputed_tokens)
                 sequence.state = State.RUNNING
                 insort(self._running, sequence, key=_order)
                 yield sequence
@@ -282,7 +282,11 @@ class Scheduler:
     def _end(self, sequence: Sequence, output: SequenceOutput) -> None:
         """The one way out: blocks released, every list left, the last output said."""
         sequence.release()
-        _remove(self._running if sequence.state is State.RUNNING else self._waiting, sequence)
+        if sequence.state is State.RUNNING:
+            _remove(self._running, sequence)
+        else:
+            self._queue.remove(sequence)
+        self._queue.leave(sequence)
         if sequence.request.deadline is not None:
             entry = (sequence.request.deadline, sequence.id)
             del self._deadlines[bisect_left(self._deadlines, entry)]

@@ -51,7 +51,8 @@ class SequenceRequest:
 
     `token_ids` is the prompt and, on a continuation, the tokens already delivered after it; `sampling.max_tokens`
     counts generated tokens from `num_prompt_tokens`. `deadline` is a time of the engine's clock. Each of `forks` is
-    a sequence of its own once the prompt is computed.
+    a sequence of its own once the prompt is computed. `weight` is the owner's share of a busy worker beside others'.
+    `pulled` are positions whose KV came from another worker for it.
     """
 
     sequence_id: int
@@ -65,6 +66,8 @@ class SequenceRequest:
     forks: tuple[Fork, ...] = ()
     publishers: Publishers = ()
     quota: OwnerQuota | None = None
+    weight: int = 1
+    pulled: range = range(0)
 
     @property
     def owner(self) -> ScopeRoot:
@@ -79,13 +82,16 @@ class SequenceRequest:
 @dataclass(frozen=True, slots=True)
 class AdmissionFacts:
     """What admission found, counted once. Cached counts are positions of `token_ids`, published ones included; each
-    lies in one tier."""
+    lies in one tier. `cached_cpu_published_tokens` are those of the published ones that the CPU tier had."""
 
     cached_device_tokens: int
     cached_published_tokens: int
     queue_s: float
     blocks_copied: int = 0
     cached_cpu_tokens: int = 0
+    cached_cpu_published_tokens: int = 0
+    cached_remote_tokens: int = 0
+    cached_remote_published_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any, TypeAlias
@@ -17,13 +18,16 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from kvstore.events import Event, EventBatch, encode
+from kvstore.ledger import Told
 from pando.errors import ConfigError, InvalidRequest
 from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
+from worker.block_peers import BlockPeers, PeerRefused
 from worker.engine import Engine, EngineStopped, Load, StepReport
 from worker.link_guard import LinkGuard
-from worker.link_messages import pin_request, purge_roots, sequence_request, worker_messages
+from worker.link_messages import pin_request, pull_order, purge_roots, sequence_request, worker_messages
+from worker.offload import Offload
+from worker.publisher import Publisher
 from worker.sequence import Finish, SequenceOutput
 from worker.session import Attempt, RouterSession
 
@@ -76,10 +80,16 @@ class _Origin:
 class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
     """Serves `WorkerLink` and health. `deliver` is for the engine's thread, the rest for the loop's."""
 
-    def __init__(self, engine: Engine, identity: WorkerIdentity, *, token: str = "") -> None:
-        """`token` is asked of every caller; without one anybody may call."""
+    def __init__(
+        self, engine: Engine, identity: WorkerIdentity, *, token: str = "", offload: Offload | None = None
+    ) -> None:
+        """`token` is asked of every caller; without one anybody may call. Blocks are exchanged over a CPU tier only."""
         self._engine = engine
         self._identity = identity
+        self._peers: BlockPeers | None = None
+        if offload is not None:
+            fingerprint = identity.key_fingerprint
+            self._peers = BlockPeers(engine, offload, epoch=identity.epoch, key_fingerprint=fingerprint, token=token)
         self._loop = asyncio.get_running_loop()
         self._server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[LinkGuard(token)])
         self._health = health.aio.HealthServicer()
@@ -88,7 +98,8 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
         self._none_left = asyncio.Event()
         self._none_left.set()
         self._ids = count(1)
-        self._seq = 0
+        self.publisher: Publisher | None = None
+        """Who tells routers of block events, once there is one."""
         self._load = Load(device_blocks=identity.device_blocks)
         self._draining = False
 
@@ -109,6 +120,8 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
 
     async def stop(self) -> None:
         """End all sessions and stop listening."""
+        if self._peers is not None:
+            await self._peers.stop()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(STOP_GRACE_S)
 
@@ -116,7 +129,7 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
 
     def deliver(self, report: StepReport) -> None:
         """Hand over what a step has to say: one wake-up of the loop."""
-        if report.outputs or report.events or report.load is not None:
+        if report.outputs or report.load is not None:
             self._loop.call_soon_threadsafe(self._deliver, report)
 
     @property
@@ -143,7 +156,16 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
         return pb.DrainResponse(finished=finished, cancelled=cancelled)
 
     async def FetchBlocks(self, request: pb.FetchBlocksRequest, context: Context) -> None:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this worker does not hand out blocks")
+        if self._peers is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this worker has no CPU tier")
+        try:
+            async with aclosing(self._peers.chunks(request, self._identity.vocab_size)) as chunks:
+                async for chunk in chunks:
+                    await context.write(chunk)
+        except PeerRefused as refused:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(refused))
+        except EngineStopped:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker stops")
 
     async def Purge(self, request: pb.PurgeRequest, context: Context) -> pb.PurgeResponse:
         try:
@@ -166,7 +188,7 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
         except TimeoutError:
             late = list(self._origins)
             for engine_id in late:
-                self._engine.cancel(engine_id)
+                self._cancel(engine_id)
             await self._none_left.wait()
             return present - len(late), len(late)
         return present, 0
@@ -225,13 +247,15 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
             case "submit":
                 self._submit(session, message.submit)
             case "cancel" if message.cancel.sequence in session.engine_ids:
-                self._engine.cancel(session.engine_ids[message.cancel.sequence])
+                self._cancel(session.engine_ids[message.cancel.sequence])
             case "pin":
                 self._pin(message.pin, session)
             case "unpin":
                 self._engine.unpin(message.unpin.prefix.hex())
             case "ping":
                 session.add_pong(message.ping.nonce)
+            case "follow" | "unfollow" | "republish" as request if self.publisher is not None:
+                self._feed(session, request, message.follow.seq)
 
     def _submit(self, session: RouterSession, submit: pb.Submit) -> None:
         """Hand a Submit to the engine: one sequence, or several that have their prompt in common."""
@@ -254,7 +278,16 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
             session.engine_ids[number] = engine_id
             self._origins[engine_id] = _Origin(session, Attempt(number, submit.attempt))
         self._none_left.clear()
-        self._engine.submit(request)
+        order = pull_order(submit)
+        if self._peers is not None and order is not None:
+            self._peers.submit(request, order)
+        else:
+            self._engine.submit(request)
+
+    def _cancel(self, engine_id: int) -> None:
+        if self._peers is not None:
+            self._peers.hurry(engine_id)
+        self._engine.cancel(engine_id)
 
     def _pin(self, pin: pb.Pin, session: RouterSession) -> None:
         try:
@@ -262,12 +295,30 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
         except InvalidRequest:
             logger.warning("router %r sent a pin that makes no sense", session.router)
 
+    def _feed(self, session: RouterSession, request: str, seq: int) -> None:
+        assert self.publisher is not None
+        if request == "republish":
+            self.publisher.republish()
+            return
+        if session.listener is not None:
+            self.publisher.unfollow(session.listener)
+            session.listener = None
+        if request == "follow":
+
+            def hear(told: Told) -> None:
+                self._loop.call_soon_threadsafe(session.add_feed, told)
+
+            session.listener = hear
+            self.publisher.follow(hear, seq)
+
     def _close(self, session: RouterSession) -> None:
         """Its sequences are nobody's now: end them."""
         self._sessions.discard(session)
+        if session.listener is not None and self.publisher is not None:
+            self.publisher.unfollow(session.listener)
         for engine_id in session.engine_ids.values():
             self._forget(engine_id)
-            self._engine.cancel(engine_id)
+            self._cancel(engine_id)
         session.engine_ids.clear()
 
     def _forget(self, engine_id: int) -> None:
@@ -286,22 +337,13 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
             if output.finish is not None:
                 del origin.session.engine_ids[origin.attempt.sequence]
                 self._forget(output.sequence_id)
-        if report.events:
-            self._feed(report.events)
         if report.load is not None and report.load != self._load:
             self._load = report.load
             for session in self._sessions:
                 session.set_load(report.load)
 
-    def _feed(self, events: list[Event]) -> None:
-        """Block events to every session, numbered as this feed counts them: not as the index in Redis does."""
-        self._seq += 1
-        payload = encode(EventBatch(self._identity.worker, self._identity.epoch, self._seq, events))
-        for session in self._sessions:
-            session.add_events(payload)
-
     def _hello(self) -> pb.WorkerHello:
-        return pb.WorkerHello(seq=self._seq, **asdict(self._identity))
+        return pb.WorkerHello(**asdict(self._identity))
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", SERVICE):

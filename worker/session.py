@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, replace
 
+from kvstore.ledger import Listener, SnapshotPart, Told
 from worker.engine import Load
 from worker.sequence import SequenceOutput
 
@@ -29,7 +30,7 @@ class News:
     """All that a session has to say at one moment."""
 
     outputs: dict[Attempt, SequenceOutput]
-    events: list[bytes]
+    feed: list[bytes | SnapshotPart]
     pongs: list[int]
     load: Load | None
 
@@ -40,8 +41,9 @@ class RouterSession:
     def __init__(self, router: str) -> None:
         self.router = router
         self.engine_ids: dict[int, int] = {}
+        self.listener: Listener | None = None  # of block events, once they were asked for
         self._outputs: dict[Attempt, SequenceOutput] = {}
-        self._events: list[bytes] = []
+        self._feed: list[bytes | SnapshotPart] = []
         self._pongs: list[int] = []
         self._load: Load | None = None
         self._wake = asyncio.Event()
@@ -52,10 +54,10 @@ class RouterSession:
         self._outputs[attempt] = output if pending is None else merged(pending, output)
         self._wake.set()
 
-    def add_events(self, payload: bytes) -> None:
-        """Say an encoded batch of block events."""
-        self._events.append(payload)
-        del self._events[:-MAX_PENDING_EVENTS]
+    def add_feed(self, told: Told) -> None:
+        """Say encoded batches of block events, or a part of a snapshot."""
+        self._feed += [told] if isinstance(told, SnapshotPart) else told
+        del self._feed[:-MAX_PENDING_EVENTS]
         self._wake.set()
 
     def add_pong(self, nonce: int) -> None:
@@ -73,8 +75,8 @@ class RouterSession:
         """Wait until there is something to say, then take all of it."""
         await self._wake.wait()
         self._wake.clear()
-        news = News(self._outputs, self._events, self._pongs, self._load)
-        self._outputs, self._events, self._pongs, self._load = {}, [], [], None
+        news = News(self._outputs, self._feed, self._pongs, self._load)
+        self._outputs, self._feed, self._pongs, self._load = {}, [], [], None
         return news
 
 

@@ -7,6 +7,7 @@ that a store which lets go of a block too early shows as other tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ class SimulatedMover:
         clock: Callable[[], float],
     ) -> None:
         self.num_blocks = num_blocks
+        self.payload_format = f"simulated {device_blocks.shape[1]}"
         # [num_blocks, block_size]
         self.blocks = np.full((num_blocks, device_blocks.shape[1]), NEVER_WRITTEN, np.uint32)
         self._device_blocks = device_blocks
@@ -40,6 +42,21 @@ class SimulatedMover:
     def wipe(self, block_ids: Sequence[int]) -> None:
         """Overwrite these blocks."""
         self.blocks[list(block_ids)] = NEVER_WRITTEN
+
+    def read(self, block_id: int) -> bytes | None:
+        """The token ids in a block, None if they are not those that were demoted."""
+        intact = self._checksums[block_id] == self._checksum(block_id)
+        return self.blocks[block_id].tobytes() if intact else None
+
+    def write(self, block_id: int, payload: bytes) -> Future[bool]:
+        """Fill a block at once."""
+        done: Future[bool] = Future()
+        fits = len(payload) == self.blocks[block_id].nbytes
+        if fits:
+            self.blocks[block_id] = np.frombuffer(payload, np.uint32)
+            self._checksums[block_id] = self._checksum(block_id)
+        done.set_result(fits)
+        return done
 
     def start(self, transfers: Sequence[Transfer]) -> None:
         """Put these behind what is on its way."""

@@ -26,7 +26,9 @@ class StepPlan:
 
     def end_of(self, sequence: Sequence) -> int:
         """Where the sequence's share of what is left of the budget ends."""
-        return min(sequence.num_computed_tokens + self.budget, len(sequence.token_ids))
+        start = sequence.num_computed_tokens
+        end = min(start + self.budget, len(sequence.token_ids))
+        return sequence.blocks.share_end(sequence.token_ids, start, end)
 
     def add(self, sequence: Sequence) -> None:
         """Give the sequence its share."""

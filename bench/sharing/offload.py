@@ -2,7 +2,8 @@
 
 All send a first prompt at once, pause, and go on with their answers and another question, again at once. Meanwhile
 another tenant had a prompt that takes most of the device. Both kinds run in turn, several times, on the same texts;
-ratios are of pairs that ran one after the other. Time in which nobody waits for anything is not counted.
+ratios are of pairs that ran one after the other. Time in which nobody waits for anything is not counted. In the first,
+cold turn there is nothing to load: what its pairs differ by is noise and the cost of copies, the control of the gain.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class OffloadShape:
     pause_s: float = 0.25
     device: int = 160
     cpu: int = 1024
-    repetitions: int = 5
+    repetitions: int = 7
     seed: int = 5
 
 
@@ -45,6 +46,9 @@ class Run:
     cpu_s: float
     tokens: int
     ttft_s: float
+    first_s: float
+    last_s: float
+    first_cpu_s: float
     first_ttft_s: float
     last_ttft_s: float
     computed: int
@@ -63,13 +67,17 @@ def run(shape: OffloadShape, worker: WorkerShape, say: Callable[[str], None]) ->
         for name in sorted(kinds, reverse=repetition % 2 == 1):
             one = _once(shape, kinds[name], repetition)
             runs[name].append(one)
-            say(f"{repetition + 1}/{shape.repetitions} {name}: {one.seconds:.2f} s, TTFT p50 {one.ttft_s:.3f} s")
+            say(
+                f"{repetition + 1}/{shape.repetitions} {name}: {one.first_s:.2f} s and {one.last_s:.2f} s, "
+                f"TTFT p50 {one.first_ttft_s:.3f} s and {one.last_ttft_s:.3f} s"
+            )
     computed = sum(a.computed for a in runs["CPU tier"]) / sum(b.computed for b in runs["no CPU tier"])
     pairs = list(zip(runs["CPU tier"], runs["no CPU tier"], strict=True))
+    ratios: dict[str, list[float]] = {
+        name: [getattr(a, name) / getattr(b, name) for a, b in pairs]
+        for name in ("ttft_s", "first_s", "last_s", "first_ttft_s", "last_ttft_s")
+    }
     throughput = median(b.seconds / a.seconds * a.tokens / b.tokens for a, b in pairs)
-    ttft = median(a.ttft_s / b.ttft_s for a, b in pairs)
-    first = median(a.first_ttft_s / b.first_ttft_s for a, b in pairs)
-    last = median(a.last_ttft_s / b.last_ttft_s for a, b in pairs)
     return Finding(
         "offload",
         f"{shape.requests} requests at once over one prefix of {shape.prefix} tokens, tails of {shape.tail}, "
@@ -80,11 +88,30 @@ def run(shape: OffloadShape, worker: WorkerShape, say: Callable[[str], None]) ->
         (
             Claim("prompt tokens computed with the tier / without", round(computed, 3), "<=", 1.0),
             Claim("throughput with the tier / without", round(throughput, 3), ">=", 1.0),
-            Claim("TTFT p50 with the tier / without", round(ttft, 3), "<", 1.0),
-            Claim("the same of the first, cold turn alone: never slower", round(first, 3), "<=", 1.05),
-            Claim("the same of the last turn alone", round(last, 3), "<", 1.0),
+            Claim("TTFT p50 with the tier / without", _median(ratios["ttft_s"]), "<", 1.0),
+            Claim("the same of the first, cold turn alone: never slower", _median(ratios["first_ttft_s"]), "<=", 1.05),
+            *(() if worker.simulated else (_cold_cpu(pairs),)),
+            Claim("TTFT p50 of the last turn with the tier / without", _median(ratios["last_ttft_s"]), "<", 1.0),
+            Claim("its middle pair / the best pair of the cold turn", _beyond(ratios, "ttft_s"), "<", 1.0),
+            Claim("seconds of the last turn with the tier / without", _median(ratios["last_s"]), "<", 1.0),
+            Claim("the middle pair of these / the best of the cold turn", _beyond(ratios, "s"), "<", 1.0),
         ),
     )
+
+
+def _median(ratios: list[float]) -> float:
+    return round(median(ratios), 3)
+
+
+def _cold_cpu(pairs: list[tuple[Run, Run]]) -> Claim:
+    """What the tier costs where it cannot gain, whatever else the machine does."""
+    found = median(a.first_cpu_s / b.first_cpu_s for a, b in pairs)
+    return Claim("CPU seconds of the cold turn, copies among them", round(found, 3), "<=", 1.05)
+
+
+def _beyond(ratios: dict[str, list[float]], what: str) -> float:
+    """Below 1, the last turn gained more than any pair of the cold turn did by chance."""
+    return round(median(ratios[f"last_{what}"]) / min(ratios[f"first_{what}"]), 3)
 
 
 def _row(name: str, runs: list[Run]) -> Row:
@@ -99,6 +126,8 @@ def _row(name: str, runs: list[Run]) -> Row:
         "TTFT p50 s": middle(lambda one: one.ttft_s),
         "first turn": middle(lambda one: one.first_ttft_s),
         "last turn": middle(lambda one: one.last_ttft_s),
+        "first turn s": middle(lambda one: one.first_s),
+        "last turn s": middle(lambda one: one.last_s),
         "prompt tokens computed": middle(lambda one: one.computed),
         "demoted blocks": middle(lambda one: one.demoted),
         "evicted blocks": middle(lambda one: one.evicted),
@@ -115,7 +144,8 @@ def _once(shape: OffloadShape, kind: WorkerShape, repetition: int) -> Run:
     texts = [prefix + random_tokens(rng, shape.tail) for _ in range(shape.requests)]
     sampling = SamplingParams(max_tokens=shape.answer)
     by_turn: list[list[Answer]] = []
-    seconds = cpu_s = 0.0
+    seconds: list[float] = []
+    cpu_s: list[float] = []
     for turn in range(shape.turns):
         if turn:
             one.pause(shape.pause_s)
@@ -129,17 +159,20 @@ def _once(shape: OffloadShape, kind: WorkerShape, repetition: int) -> Run:
             one.run()
         numbers = [one.submit(text, one.regions("a"), sampling=sampling) for text in texts]
         one.run()
-        seconds += one.now - began
-        cpu_s += process_time() - cpu_began
+        seconds.append(one.now - began)
+        cpu_s.append(process_time() - cpu_began)
         by_turn.append([one.answers[number] for number in numbers])
     everyone = [answer for answers in by_turn for answer in answers]
     ttfts = [median(answer.ttft_s for answer in answers) for answers in by_turn]
     one.close()
     return Run(
-        seconds=seconds,
-        cpu_s=cpu_s,
+        seconds=sum(seconds),
+        cpu_s=sum(cpu_s),
         tokens=sum(len(answer.token_ids) for answer in everyone),
         ttft_s=median(answer.ttft_s for answer in everyone),
+        first_s=seconds[0],
+        last_s=seconds[-1],
+        first_cpu_s=cpu_s[0],
         first_ttft_s=ttfts[0],
         last_ttft_s=ttfts[-1],
         computed=one.computed,

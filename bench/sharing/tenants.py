@@ -1,14 +1,15 @@
 """Many tenants behind one published system prompt: what each computes of it, and what none sees of another's tail.
 
 Three runs of one workload: published head and private tails, everything in one scope, and nothing shared at all. Then
-tenants try prompts of others, word for word, on the first run's store.
+tenants try prompts of others, word for word, on the first run's store. All of it once with a head of whole blocks and
+once with one that ends inside a block.
 """
 
 from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from bench.sharing.finding import Claim, Finding, Row, share
@@ -34,6 +35,21 @@ class TenantsShape:
     answer: int = 4
     probes: int = 100_000
     seed: int = 1
+
+
+SHAPES = (TenantsShape(), TenantsShape(head=2003))
+
+
+def run_all(shapes: Sequence[TenantsShape], worker: WorkerShape, say: Say) -> Finding:
+    """`run` for each of these shapes, which differ by their heads."""
+    found = [run(shape, worker, say) for shape in shapes]
+    rows = [{"head": shape.head, **row} for shape, one in zip(shapes, found, strict=True) for row in one.rows]
+    claims = [
+        replace(claim, says=f"head of {shape.head}: {claim.says}")
+        for shape, one in zip(shapes, found, strict=True)
+        for claim in one.claims
+    ]
+    return Finding("tenants", "; ".join(one.setting for one in found), tuple(rows), tuple(claims))
 
 
 def run(shape: TenantsShape, worker: WorkerShape, say: Say) -> Finding:

@@ -1,4 +1,4 @@
-"""`pando status` and `pando health`: what a fleet is doing, for people, programs and container probes.
+"""`pando status`, `pando explain` and `pando health`: what a fleet does, for people, programs and container probes.
 
 Knows the admin port and the standard gRPC health service; changes nothing.
 """
@@ -23,6 +23,10 @@ DEFAULT_ADMIN = "127.0.0.1:8472"
 
 def add_status(parser: argparse.ArgumentParser) -> None:
     """Flags of `pando status`."""
+    _add_admin(parser)
+
+
+def _add_admin(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default=DEFAULT_ADMIN, metavar="ADMIN_HOST:PORT", help="admin port of a router")
     parser.add_argument("--admin-key", default="", metavar="K", help="its credential, better by PANDO_ADMIN_KEY")
     parser.add_argument("--timeout", type=float, default=5.0, metavar="S", help="seconds to wait for the router")
@@ -31,14 +35,36 @@ def add_status(parser: argparse.ArgumentParser) -> None:
 
 def status(given: argparse.Namespace) -> int:
     """Workers, tenants and totals of one router."""
-    key = given.admin_key or os.environ.get("PANDO_ADMIN_KEY", "")
-    with AdminClient(given.target, key=key, timeout_s=given.timeout) as admin:
+    with _admin(given) as admin:
         document = _document(admin.stats(), admin.workers(), admin.tenants())
     if given.json:
         print(json.dumps(document))
     else:
         _show(document)
     return 0
+
+
+def add_explain(parser: argparse.ArgumentParser) -> None:
+    """Flags of `pando explain`."""
+    parser.add_argument("request_id", metavar="REQUEST_ID", help="id of a request that the router placed lately")
+    _add_admin(parser)
+
+
+def explain(given: argparse.Namespace) -> int:
+    """Where a request went, and the cost of every worker."""
+    with _admin(given) as admin:
+        placement = admin.explain(given.request_id)
+    if given.json:
+        document = _fields(placement) | {"candidates": [_fields(row) for row in placement.candidates]}
+        print(json.dumps(document))
+    else:
+        _show_placement(placement)
+    return 0
+
+
+def _admin(given: argparse.Namespace) -> AdminClient:
+    key = given.admin_key or os.environ.get("PANDO_ADMIN_KEY", "")
+    return AdminClient(given.target, key=key, timeout_s=given.timeout)
 
 
 def add_health(parser: argparse.ArgumentParser) -> None:
@@ -88,12 +114,39 @@ def _fields(message: Any) -> dict[str, Any]:
     return {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
 
 
-def _show(document: dict[str, Any]) -> None:
+def _console() -> Any:
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    return console if console.is_terminal else Console(width=120)
+
+
+_TERMS = ("queue_s", "slot_s", "step_s", "plan_s", "decode_s", "behind_s", "eviction_s", "total_s")
+
+
+def _show_placement(placement: admin_pb2.ExplainPlacementResponse) -> None:
+    """One line for the decision, one row for each worker; times in milliseconds."""
+    console = _console()
+    where = f"went to {placement.worker}" if placement.worker else "went nowhere"
+    found = f", {placement.found_cached_tokens} found cached" if placement.HasField("found_cached_tokens") else ""
+    console.print(
+        f"attempt {placement.attempt} {where}: {placement.reason}; {placement.prompt_tokens} prompt tokens{found}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    names = (name.removesuffix("_s").replace("plan", "plan ms").replace("total", "total ms") for name in _TERMS)
+    table = _table("worker", "plan", "cached", *names)
+    for row in placement.candidates:
+        if row.excluded:
+            table.add_row(row.worker, row.excluded)
+        else:
+            times = (f"{1e3 * getattr(row, name):.1f}" for name in _TERMS)
+            table.add_row(row.worker, row.plan, str(row.cached_tokens), *times)
+    console.print(table)
+
+
+def _show(document: dict[str, Any]) -> None:
+    console = _console()
     router = document["router"]
     index = "connected" if router["index_connected"] else "away"
     console.print(

@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
 from pando.command_line import add_settings, or_fail, read_settings
@@ -34,12 +35,13 @@ if TYPE_CHECKING:
     from control.stack import Running
 
 _TEND_EVERY_S = 1.0
+_ROUTERS_READY_S = 60.0
 _PROMPT = "Return a list of"  # the built-in model knows Python's documentation
 
 
 def add_up(parser: argparse.ArgumentParser) -> None:
     """Flags of `pando up`."""
-    add_settings(parser, UpSettings, omit=("worker_id", "worker_port", "router_id", "placement"))
+    add_settings(parser, UpSettings, omit=("worker_id", "worker_port", "router_id", "placement", "reuse_port"))
     parser.add_argument("--json", action="store_true", help="print one line of JSON when ready, and nothing else")
 
 
@@ -68,10 +70,12 @@ def add_router(parser: argparse.ArgumentParser) -> None:
 
 
 def router(given: argparse.Namespace) -> int:
-    """A router alone, in this process: the same as `python -m router`."""
+    """A router alone, in this process: the same as `python -m router`. Or several, each in a process of its own."""
     from router.__main__ import main
 
     settings = or_fail("pando router", lambda: read_settings(RouterSettings, given))
+    if settings.processes != 1:
+        return supervised("pando router", lambda out: _routers(settings, out, as_json=given.json))
     for name in [name for name in os.environ if name.startswith(ENV_PREFIX)]:
         del os.environ[name]  # what they said is in the settings
     os.environ.update(secrets(settings))
@@ -157,6 +161,25 @@ def program() -> str:
     if found and os.path.exists(started) and os.path.samefile(found, started):
         return "pando"
     return shlex.quote(started)
+
+
+def _routers(settings: RouterSettings, out: TextIO, *, as_json: bool) -> int:
+    from control.router_group import RouterGroup
+
+    group = RouterGroup(settings)
+    try:
+        group.start()
+        listening = group.wait_listening(_ROUTERS_READY_S)
+        if as_json:
+            rows = [asdict(one) for one in listening]
+            print(json.dumps({"grpc": rows[0]["grpc"], "routers": rows}), file=out, flush=True)
+        else:
+            say(f"{len(listening)} routers: gRPC on {listening[0].grpc}")
+            for one in listening:
+                say(f"  {one.router}: HTTP on {one.http}, admin on {one.admin}")
+        return _until_interrupted(lambda: group.tend(lambda: say("a router ended: starting it again")))
+    finally:
+        group.stop()
 
 
 def _workers(settings: CrewSettings, out: TextIO, *, as_json: bool) -> int:

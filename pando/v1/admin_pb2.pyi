@@ -128,52 +128,68 @@ class PurgeTenantResponse(_message.Message):
     def __init__(self, device_blocks: _Optional[int] = ..., cpu_blocks: _Optional[int] = ..., workers: _Optional[int] = ..., remaining_blocks: _Optional[int] = ..., prefixes: _Optional[int] = ...) -> None: ...
 
 class ExplainPlacementRequest(_message.Message):
-    __slots__ = ("tenant", "text", "token_ids", "chat")
+    __slots__ = ("tenant", "text", "token_ids", "chat", "request_id")
     TENANT_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     text: str
     token_ids: _inference_pb2.TokenIds
     chat: _inference_pb2.Chat
-    def __init__(self, tenant: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_inference_pb2.TokenIds, _Mapping]] = ..., chat: _Optional[_Union[_inference_pb2.Chat, _Mapping]] = ...) -> None: ...
+    request_id: str
+    def __init__(self, tenant: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_inference_pb2.TokenIds, _Mapping]] = ..., chat: _Optional[_Union[_inference_pb2.Chat, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class PlacementCandidate(_message.Message):
-    __slots__ = ("worker", "cached_device_tokens", "cached_cpu_tokens", "queue_s", "prefill_s", "decode_slowdown_s", "eviction_s", "total_s", "plan", "filtered")
+    __slots__ = ("worker", "plan", "cached_tokens", "expected_cached_tokens", "queue_s", "slot_s", "step_s", "plan_s", "decode_s", "behind_s", "eviction_s", "ttft_s", "total_s", "excluded")
     WORKER_FIELD_NUMBER: _ClassVar[int]
-    CACHED_DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    CACHED_CPU_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
-    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
-    DECODE_SLOWDOWN_S_FIELD_NUMBER: _ClassVar[int]
-    EVICTION_S_FIELD_NUMBER: _ClassVar[int]
-    TOTAL_S_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
-    FILTERED_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    SLOT_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    PLAN_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    BEHIND_S_FIELD_NUMBER: _ClassVar[int]
+    EVICTION_S_FIELD_NUMBER: _ClassVar[int]
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_S_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDED_FIELD_NUMBER: _ClassVar[int]
     worker: str
-    cached_device_tokens: int
-    cached_cpu_tokens: int
-    queue_s: float
-    prefill_s: float
-    decode_slowdown_s: float
-    eviction_s: float
-    total_s: float
     plan: str
-    filtered: str
-    def __init__(self, worker: _Optional[str] = ..., cached_device_tokens: _Optional[int] = ..., cached_cpu_tokens: _Optional[int] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_slowdown_s: _Optional[float] = ..., eviction_s: _Optional[float] = ..., total_s: _Optional[float] = ..., plan: _Optional[str] = ..., filtered: _Optional[str] = ...) -> None: ...
+    cached_tokens: int
+    expected_cached_tokens: float
+    queue_s: float
+    slot_s: float
+    step_s: float
+    plan_s: float
+    decode_s: float
+    behind_s: float
+    eviction_s: float
+    ttft_s: float
+    total_s: float
+    excluded: str
+    def __init__(self, worker: _Optional[str] = ..., plan: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., expected_cached_tokens: _Optional[float] = ..., queue_s: _Optional[float] = ..., slot_s: _Optional[float] = ..., step_s: _Optional[float] = ..., plan_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., behind_s: _Optional[float] = ..., eviction_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., excluded: _Optional[str] = ...) -> None: ...
 
 class ExplainPlacementResponse(_message.Message):
-    __slots__ = ("worker", "reason", "prompt_tokens", "candidates")
+    __slots__ = ("worker", "reason", "prompt_tokens", "candidates", "attempt", "found_cached_tokens", "retry_after_s")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    FOUND_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     worker: str
     reason: str
     prompt_tokens: int
     candidates: _containers.RepeatedCompositeFieldContainer[PlacementCandidate]
-    def __init__(self, worker: _Optional[str] = ..., reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[PlacementCandidate, _Mapping]]] = ...) -> None: ...
+    attempt: int
+    found_cached_tokens: int
+    retry_after_s: float
+    def __init__(self, worker: _Optional[str] = ..., reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[PlacementCandidate, _Mapping]]] = ..., attempt: _Optional[int] = ..., found_cached_tokens: _Optional[int] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class GetStatsRequest(_message.Message):
     __slots__ = ()

@@ -95,7 +95,7 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ExplainPlacement(self, request, context):
-        """Where a prompt would go and why, without sending it.
+        """Where a prompt would go and why, without sending it; or where a recent request went.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -11,6 +11,7 @@ from kvstore.block import BlockKey, WorkerId
 from kvstore.events import CPU, DEVICE, BlocksRemoved, BlocksStored, Cleared, Event, TierChanged
 from kvstore.index import CachedPrefix, PrefixIndex
 from kvstore.lease import Fenced, Lease, LeaseKeeper, connect
+from kvstore.ledger import Ledger, Position
 from kvstore.memory_index import MemoryIndex
 from kvstore.mirror import Mirror, MirrorTimes
 from kvstore.redis_index import RedisIndexWriter
@@ -33,30 +34,30 @@ class ThroughRedis:
 
     def apply(self, worker: WorkerId, epoch: int, events: Iterable[Event]) -> None:
         writer = self._writers.get(worker)
-        if writer is None or writer.epoch != epoch:
-            writer = RedisIndexWriter(self._client, "contract", worker, epoch, capacity=1000)
+        if writer is None or writer.ledger.epoch != epoch:
+            writer = RedisIndexWriter(self._client, "contract", Ledger(worker, epoch), capacity=1000)
         try:
-            self._keeper.renew(_lease(worker, epoch, writer.seq))
+            self._keeper.renew(_lease(worker, epoch, writer.acknowledged))
             writer.repair()
             writer.publish(list(events))
         except Fenced:
             return
         self._writers[worker] = writer
-        self._keeper.renew(_lease(worker, epoch, writer.seq))
+        self._keeper.renew(_lease(worker, epoch, writer.acknowledged))
 
     def match(self, keys: Sequence[BlockKey]) -> dict[WorkerId, CachedPrefix]:
         self._catch_up()
         return self._index.match(keys)
 
     def remove_worker(self, worker: WorkerId) -> None:
-        self._keeper.release(worker, self._writers.pop(worker).epoch)
+        self._keeper.release(worker, self._writers.pop(worker).ledger.epoch)
 
     def num_blocks(self, worker: WorkerId) -> int:
         self._catch_up()
         return self._index.num_blocks(worker)
 
     def _catch_up(self) -> None:
-        wanted = {worker: (writer.epoch, writer.seq) for worker, writer in self._writers.items()}
+        wanted = {worker: (writer.ledger.epoch, writer.acknowledged.seq) for worker, writer in self._writers.items()}
 
         async def wait() -> None:
             async with asyncio.timeout(10):
@@ -71,10 +72,11 @@ class ThroughRedis:
         self._client.close()
 
 
-def _lease(worker: WorkerId, epoch: int, seq: int) -> Lease:
+def _lease(worker: WorkerId, epoch: int, at: Position) -> Lease:
     return Lease(
         worker_id=worker, epoch=epoch, address="", model="", block_size=16, key_fingerprint="", model_fingerprint="",
-        pid=1, device_blocks=1000, max_model_len=1, vocab_size=1, seq=seq,
+        pid=1, device_blocks=1000, max_model_len=1, vocab_size=1,
+        seq=at.seq, num_blocks=at.num_blocks, digest=at.digest,
     )  # fmt: skip
 
 

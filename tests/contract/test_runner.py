@@ -206,7 +206,7 @@ def engine_run(
             continue
         while scheduler.num_sequences or (offload is not None and offload.num_moving):
             if offload is not None:
-                offload.answer(step_s=0.0, prefill_tokens_per_s=0.0)
+                offload.answer(step_s=0.0, num_sequences=1, prefill_tokens_per_s=0.0)
             batch = scheduler.schedule(0.0)
             if offload is not None:
                 offload.order(idle=batch is None)
@@ -235,3 +235,30 @@ def test_offloading_does_not_show(runner: Runner) -> None:
     assert offload is not None
     assert offload.counts.promoted > 0
     assert offload.counts.corrupt == 0
+
+
+def run_of_tenants(runner: Runner, head: int, *, budget: int, reuse: bool) -> tuple[list[list[int]], int]:
+    """Six tenants at once behind one published head, tails that begin alike: their tokens, and head tokens computed."""
+    pool = BlockPool(NUM_BLOCKS, BLOCK_SIZE, reuse=reuse)
+    scheduler = Scheduler(pool, SchedulerLimits(budget, 8, 100, runner.spec.max_model_len))
+    found: list[list[int]] = [[] for _ in range(6)]
+    for number in range(6):
+        tokens = array("I", prompt(head) + prompt(4, seed=1) + prompt(3 + number, seed=10 + number))
+        regions = (Region(ScopeRoot(bytes(16)), head), Region(ScopeRoot(bytes([number + 1] * 16)), None))
+        scheduler.submit(SequenceRequest(number, tokens, len(tokens), regions, SamplingParams(max_tokens=12)), 0.0)
+    computed = 0
+    while (batch := scheduler.schedule(0.0)) is not None:
+        computed += sum(max(0, min(head, one.start + len(one.token_ids)) - one.start) for one in batch.sequences)
+        scheduler.complete(batch, runner.execute(batch))
+        for output in scheduler.take_outputs():
+            found[output.sequence_id] += output.token_ids
+    assert pool.num_referenced == 0
+    return found, computed
+
+
+@pytest.mark.parametrize("head", [5, 32, 42])
+def test_a_published_head_does_not_show(runner: Runner, head: int) -> None:
+    wanted, computed = run_of_tenants(runner, head, budget=512, reuse=False)
+    assert computed == 6 * head
+    for budget in (13, 512):
+        assert run_of_tenants(runner, head, budget=budget, reuse=True) == (wanted, head)

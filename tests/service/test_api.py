@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
+import io
+import json
 import logging
 import random
 import time
 from array import array
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +28,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 import pando
 from kvstore.block import WorkerId
 from pando.admin_client import AdminClient
+from pando.cli import main
 from pando.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -52,18 +56,42 @@ from router.health import HealthService
 from router.interceptors import GateLimits
 from router.metrics import Metrics
 from router.model_card import read_model_card
+from router.placement import Candidate, Placement, Prompt, place
 from router.prefix_catalog import PrefixCatalog, PrefixRecord, Published
 from router.prefix_registry import PrefixRegistry
 from router.prefix_seal import PrefixSeal
 from router.prefixes_api import PrefixesService
 from router.publishing import Publishing
 from router.purging import PurgeReport
+from router.recent import Recent
 from router.server import PublicServices, ServerOptions, admin_server, listen, public_server
 from router.tokenizer import Tokenizer
 
 MAX_MESSAGE = 1024 * 1024
 LIMITS = GateLimits(request_s=20.0, first_message_s=0.5, slow_reader_s=0.5)
 SECRET = "the prompt nobody may see"
+
+
+class FakeStream:
+    """What a fake fleet says, less what is dropped."""
+
+    def __init__(self, deltas: AsyncGenerator[TokenDelta, None]) -> None:
+        self.deltas = deltas
+        self.dropped: set[int] = set()
+
+    def __aiter__(self) -> FakeStream:
+        return self
+
+    async def __anext__(self) -> TokenDelta:
+        while (delta := await anext(self.deltas)).index in self.dropped:
+            pass
+        return delta
+
+    def drop(self, index: int) -> None:
+        self.dropped.add(index)
+
+    async def aclose(self) -> None:
+        await self.deltas.aclose()
 
 
 @dataclass
@@ -77,17 +105,17 @@ class FakeFleet:
     error: Exception | None = None
     found: AdmissionReport = field(default_factory=AdmissionReport)
     requests: list[TokenRequest] = field(default_factory=list)
-    streams: list[AsyncIterator[TokenDelta]] = field(default_factory=list)
+    streams: list[FakeStream] = field(default_factory=list)
     open: int = 0
     home_names: tuple[str, ...] = ("w0", "w1")
     lost: tuple[str, ...] = ()
 
-    def stream(self, request: TokenRequest) -> AsyncIterator[TokenDelta]:
+    def stream(self, request: TokenRequest) -> FakeStream:
         """Streams are kept, so that only whoever closes them closes them, not the garbage collector."""
-        self.streams.append(self._stream(request))
+        self.streams.append(FakeStream(self._stream(request)))
         return self.streams[-1]
 
-    async def _stream(self, request: TokenRequest) -> AsyncIterator[TokenDelta]:
+    async def _stream(self, request: TokenRequest) -> AsyncGenerator[TokenDelta, None]:
         self.requests.append(request)
         if request.only in self.lost:
             raise Unavailable("lost")
@@ -100,16 +128,18 @@ class FakeFleet:
                 if self.error is not None and index == 2:
                     raise self.error
                 last = index == count - 1
-                yield TokenDelta(
-                    first_index=index,
-                    token_ids=(self.tokens[index % len(self.tokens)],),
-                    finish=self.finish if last else None,
-                    stop_token_id=self.stop_token_id if last else None,
-                    admission=self.found if index == 0 else None,
-                    worker="w0",
-                    attempts=1,
-                    predicted_cached=16,
-                )
+                for answer in range(1 + len(request.fork_seeds)):
+                    yield TokenDelta(
+                        first_index=index,
+                        token_ids=(self.tokens[(index + answer) % len(self.tokens)],),
+                        finish=self.finish if last else None,
+                        stop_token_id=self.stop_token_id if last else None,
+                        admission=self.found if index == answer == 0 else None,
+                        worker="w0",
+                        attempts=1,
+                        predicted_cached=16,
+                        index=answer,
+                    )
         finally:
             self.open -= 1
 
@@ -181,7 +211,7 @@ class Refusal:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Iterator[Tokenizer]:
-    made = Tokenizer(resolve_model("pando-tiny"), max_tokens=8192)
+    made = Tokenizer(resolve_model("pando-tiny"), max_tokens=lambda: 8192)
     yield made
     made.close()
 
@@ -209,7 +239,18 @@ async def start(tokenizer: Tokenizer, redis_url: str) -> AsyncIterator[Start]:
         registries.append(registry)
         publishing = Publishing(registry, fleet, fleet, model="pando-tiny", block_size=16)
         prefixes = PrefixesService(publishing, tokenizer, admission, lambda: card, lambda _: 1, block_size=16)
-        view = RouterView("r1", metrics, admission, lambda: [VIEW], lambda: 7, lambda: True, lambda: 1.5, purge)
+        view = RouterView(
+            "r1",
+            metrics,
+            admission,
+            lambda: [VIEW],
+            lambda: 7,
+            lambda: True,
+            lambda: 1.5,
+            purge,
+            {"r-1": RECENT}.get,
+            explain,
+        )
         house = House(fleet, tokenizer, "", "", metrics)
         health = HealthService(lambda: house.ready, ("pando.v1.Inference",))
         identity = KeyedTenants(tenants) if tenants else NamedTenants()
@@ -233,7 +274,23 @@ async def house(start: Start) -> House:
     return await start()
 
 
+PAIR = [Candidate("w0", 16, 0, 1e4, 0.0, 0.0), Candidate("w1", 0, 0, 1e4, 0.0, 0.0, "queue full")]
+RECENT = Recent(2, place(Prompt(20, 5, b"k"), PAIR), 12)
+
+
+async def explain(tenant: str, request: pb.GenerateRequest) -> Placement:
+    assert (tenant, request.text) == ("b", SECRET)
+    return RECENT.placement
+
+
 VIEW = WorkerView("w0", 3, WorkerState.READY, "127.0.0.1:1", "m", 42, 1, 2, 100, 60, 39, 500, 1e4, 38, "because")
+
+
+def run_cli(*argv: str) -> str:
+    """What the command prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(argv) == 0
+    return out.getvalue()
 
 
 def generate(**fields: Any) -> bytes:
@@ -352,13 +409,27 @@ async def test_n_answers_have_seeds_of_their_own(house: House) -> None:
         chunks = [chunk async for chunk in client.stream(text="x", max_tokens=4, n=3)]
     assert [answer.index for answer in result.answers] == [0, 1, 2]
     assert all(len(answer.token_ids) == 4 and answer.finish_reason == "length" for answer in result.answers)
-    assert (result.usage.completion_tokens, result.usage.cached_tokens, result.usage.blocks_copied) == (12, 16, 3)
-    assert result.usage.prompt_tokens == len(house.fleet.requests[0].token_ids)
-    seeds = [request.sampling.seed for request in house.fleet.requests[:3]]
+    assert (result.usage.completion_tokens, result.usage.cached_tokens, result.usage.blocks_copied) == (12, 16, 1)
+    request = house.fleet.requests[0]
+    assert (result.usage.prompt_tokens, request.request_id) == (len(request.token_ids), "r")
+    seeds = [request.sampling.seed, *request.fork_seeds]
     assert seeds == [7, derived_seed(7, 1), derived_seed(7, 2)] and len(set(seeds)) == 3
-    assert [request.request_id for request in house.fleet.requests[:3]] == ["r", "r/1", "r/2"]
     assert [chunk.usage is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert sorted(chunk.index for chunk in chunks if chunk.finish_reason) == [0, 1, 2]
+
+
+@pytest.mark.asyncio
+async def test_a_stop_string_in_one_answer_lets_the_others_go_on(house: House) -> None:
+    house.fleet.tokens = list(house.tokenizer.encode_now("one two three four five six"))
+    async with house.client() as client:
+        result = await client.generate(text="x", max_tokens=1000, n=3, stop="ee fo")
+    (stream,) = house.fleet.streams
+    assert stream.dropped == {0, 1, 2}
+    assert [answer.matched_stop for answer in result.answers] == ["ee fo"] * 3
+    lengths = [len(answer.token_ids) for answer in result.answers]
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) == 3
+    assert result.usage.completion_tokens == sum(lengths)
+    await house.settled()
 
 
 @pytest.mark.asyncio
@@ -637,7 +708,7 @@ async def test_an_error_after_the_first_token_still_has_its_type(house: House) -
 async def test_a_request_without_a_worker_is_retried_by_the_client(house: House) -> None:
     house.fleet.error, first = Unavailable("no worker", retry_after_s=0.01), house.fleet.stream
 
-    async def early(request: TokenRequest) -> AsyncIterator[TokenDelta]:
+    async def early(request: TokenRequest) -> AsyncGenerator[TokenDelta, None]:
         if len(house.fleet.requests) < 2:
             house.fleet.requests.append(request)
             raise Unavailable("no worker", retry_after_s=0.01)
@@ -645,7 +716,7 @@ async def test_a_request_without_a_worker_is_retried_by_the_client(house: House)
         async for delta in first(request):
             yield delta
 
-    house.fleet.stream = early  # type: ignore[method-assign]
+    house.fleet.stream = lambda request: FakeStream(early(request))  # type: ignore[method-assign]
     async with house.client() as client:
         assert (await client.generate(text="x", max_tokens=2)).text
     assert len(house.fleet.requests) == 3
@@ -653,12 +724,12 @@ async def test_a_request_without_a_worker_is_retried_by_the_client(house: House)
 
 @pytest.mark.asyncio
 async def test_what_the_router_waited_for_is_not_waited_for_again(house: House) -> None:
-    async def nobody(request: TokenRequest) -> AsyncIterator[TokenDelta]:
+    async def nobody(request: TokenRequest) -> AsyncGenerator[TokenDelta, None]:
         house.fleet.requests.append(request)
         raise Unavailable("no worker is ready", reason="NO_WORKER", retry_after_s=0.01)
         yield
 
-    house.fleet.stream = nobody  # type: ignore[method-assign]
+    house.fleet.stream = lambda request: FakeStream(nobody(request))  # type: ignore[method-assign]
     async with house.client() as client:
         with pytest.raises(Unavailable) as caught:
             await client.generate(text="x")
@@ -711,7 +782,7 @@ async def test_a_cancel_closes_the_streams(house: House, n: int) -> None:
     async with house.client() as client:
         whole = asyncio.create_task(client.generate(text="x", max_tokens=1000, n=n))
         await asyncio.sleep(0.1)
-        assert house.fleet.open == n
+        assert (house.fleet.open, len(house.fleet.requests[0].fork_seeds)) == (1, n - 1)
         whole.cancel()
         await asyncio.gather(whole, return_exceptions=True)
         await house.settled()
@@ -931,13 +1002,34 @@ async def test_admin_tells_what_happened(start: Start) -> None:
         assert (purged.workers, purged.prefixes) == (2, 1)
         with pytest.raises(grpc.aio.AioRpcError, match="w0"):
             await admin.PurgeTenant(admin_pb2.PurgeTenantRequest(tenant="silent"), metadata=key, timeout=5)
-        for call, request in (
-            (admin.DrainWorker, admin_pb2.DrainWorkerRequest()),
-            (admin.ExplainPlacement, admin_pb2.ExplainPlacementRequest()),
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await admin.DrainWorker(admin_pb2.DrainWorkerRequest(), metadata=key, timeout=5)
+        assert caught.value.code() is C.UNIMPLEMENTED
+        ask = admin_pb2.ExplainPlacementRequest
+        for asked in (ask(request_id="r-1"), ask(tenant="b", text=SECRET)):
+            why = await admin.ExplainPlacement(asked, metadata=key, timeout=5)
+            assert (why.worker, why.reason, why.prompt_tokens) == ("w0", "least cost", 20)
+            first, second = why.candidates
+            assert (first.worker, first.plan, first.cached_tokens, second.excluded) == (
+                "w0",
+                "recompute",
+                16,
+                "queue full",
+            )
+            assert first.total_s == first.ttft_s == first.plan_s == pytest.approx(4e-4)
+            assert why.HasField("found_cached_tokens") == bool(asked.request_id)
+        for asked, code in (
+            (ask(request_id="gone"), C.NOT_FOUND),
+            (ask(tenant="no/name", text="x"), C.INVALID_ARGUMENT),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call(request, metadata=key, timeout=5)
-            assert caught.value.code() is C.UNIMPLEMENTED
+                await admin.ExplainPlacement(asked, metadata=key, timeout=5)
+            assert caught.value.code() is code
+    why = await asyncio.to_thread(run_cli, "explain", "r-1", "--target", house.admin, "--admin-key", "root")
+    assert "attempt 2 went to w0: least cost; 20 prompt tokens, 12 found cached" in why
+    assert "recompute" in why and "queue full" in why
+    said = await asyncio.to_thread(run_cli, "explain", "r-1", "--target", house.admin, "--admin-key", "root", "--json")
+    assert [row["worker"] for row in json.loads(said)["candidates"]] == ["w0", "w1"]
     refused = pytest.raises(Unsupported, match=f"^{house.public} is not an admin port$")
     with AdminClient(house.public, key="root") as stranger, refused:
         await asyncio.to_thread(stranger.stats)

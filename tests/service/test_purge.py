@@ -13,6 +13,7 @@ from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
 from router.link_messages import Purged, WorkerHello
 from router.worker_link import WorkerLink
+from worker.link_guard import LinkGuard
 
 ROOTS = [ScopeRoot(b"a" * 16), ScopeRoot(b"b" * 16)]
 
@@ -44,4 +45,16 @@ async def test_a_worker_that_does_not_answer_is_told_from_one_that_has_nothing(s
         await server.start()
     link = WorkerLink(f"127.0.0.1:{port}", router="r", expected=WorkerHello("w", 1, 16, "f"))
     assert await link.purge(ROOTS, 0.5) == expected
+    await server.stop(0)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("token", "expected"), [("the token", Purged(7, 5, 3)), ("another", None), ("", None)])
+async def test_a_worker_with_a_token_is_purged_by_its_own_routers(token: str, expected: Any) -> None:
+    server = grpc.aio.server(interceptors=[LinkGuard("the token")])
+    worker_pb2_grpc.add_WorkerLinkServicer_to_server(Answers(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    link = WorkerLink(f"127.0.0.1:{port}", router="r", expected=WorkerHello("w", 1, 16, "f"), token=token)
+    assert await link.purge(ROOTS, 5.0) == expected
     await server.stop(0)

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 import redis
 
-from kvstore import redis_index
+from kvstore import redis_scripts
 from kvstore.block import BlockKey, WorkerId
 from kvstore.block_key import block_keys
 from kvstore.block_pool import BlockPool
@@ -33,6 +33,7 @@ from kvstore.lease import (
     view_leases,
     workers_key,
 )
+from kvstore.ledger import Ledger
 from kvstore.memory_index import MemoryIndex
 from kvstore.mirror import Mirror, MirrorTimes
 from kvstore.redis_index import RedisIndexReader, RedisIndexWriter
@@ -57,14 +58,15 @@ class Life:
         self.name = WorkerId(name)
         self.epoch = take_epoch(self.client, CLUSTER, name)
         self.keeper = LeaseKeeper(self.client, CLUSTER, ttl_s=ttl_s)
-        self.writer = RedisIndexWriter(self.client, CLUSTER, name, self.epoch, capacity=capacity, **options)
+        self.writer = RedisIndexWriter(self.client, CLUSTER, Ledger(name, self.epoch), capacity=capacity, **options)
 
     @property
     def lease(self) -> Lease:
+        at = self.writer.acknowledged
         return Lease(
             worker_id=self.name, epoch=self.epoch, address=f"127.0.0.1:{self.epoch}", model="m", block_size=16,
             key_fingerprint="k", model_fingerprint="f", pid=self.epoch, device_blocks=1000, max_model_len=4096,
-            vocab_size=100, seq=self.writer.seq, num_blocks=self.writer.num_blocks,
+            vocab_size=100, seq=at.seq, num_blocks=at.num_blocks, digest=at.digest,
         )  # fmt: skip
 
     def beat(self) -> bool:
@@ -103,7 +105,7 @@ def losing_batches(life: Life) -> Iterator[None]:
     """What is published reaches the current set and not the stream, as if it had been trimmed away unread."""
     script = life.writer._publish
     life.writer._publish = life.client.register_script(
-        redis_index._FENCE + redis_index._PUBLISH.replace("append(ARGV[5], ARGV[6])", "")
+        redis_scripts.FENCE + redis_scripts.PUBLISH.replace("append(ARGV[5], ARGV[6])", "")
     )
     yield
     life.writer._publish = script
@@ -383,8 +385,8 @@ async def test_rubbish_in_redis_stops_nobody(redis_url: str, begin: Callable[...
         client.set(redis_key(CLUSTER, "liar", "lease"), b'{"worker_id": 7}')
         client.set(redis_key(CLUSTER, "mute", "lease"), msgspec.json.encode(good.lease))
         stream = redis_key(CLUSTER, "bad", "events")
-        client.xadd(stream, {b"b": b"\xc1not msgpack"}, id=f"{bad.epoch}-{bad.writer.seq + 1}")
-        client.xadd(stream, {b"x": b""}, id=f"{bad.epoch}-{bad.writer.seq + 2}")
+        client.xadd(stream, {b"b": b"\xc1not msgpack"}, id=f"{bad.epoch}-{bad.writer.acknowledged.seq + 1}")
+        client.xadd(stream, {b"x": b""}, id=f"{bad.epoch}-{bad.writer.acknowledged.seq + 2}")
         await until(lambda: mirror.counts.malformed >= 3)
         good.store(2)
         await until(lambda: index.keys_of(good.name) == set(keys(1, 2)))
@@ -426,7 +428,8 @@ async def test_snapshot_interrupted_and_superseded(redis_url: str, begin: Callab
     reader = RedisIndexReader(reader_client, CLUSTER)
     before = await reader.current_set(life.name)
     assert before is not None
-    commit, life.writer._commit = life.writer._commit, life.writer._probe  # the commit never happens
+    never = life.client.register_script("return -1")
+    commit, life.writer._commit = life.writer._commit, never
     assert not life.writer.publish_snapshot()
     life.writer._commit = commit
     assert await reader.current_set(life.name) == before
@@ -435,7 +438,7 @@ async def test_snapshot_interrupted_and_superseded(redis_url: str, begin: Callab
         async for _ in reader.keys(life.name, before):
             pass
     current = await reader.current_set(life.name)
-    assert current is not None and current.seq == life.writer.seq
+    assert current is not None and current.seq == life.writer.acknowledged.seq
     found = [key async for _, part in reader.keys(life.name, current) for key in part]
     assert sorted(found) == sorted(keys(*range(3000)))
     names = {name.split(b":")[3] for name in life.client.keys(f"{CLUSTER}:*:set:*")}
@@ -462,17 +465,21 @@ def test_redis_holds_no_token_and_no_tenant(begin: Callable[..., Life]) -> None:
     names = life.client.keys("*")
     assert all(name.startswith(b"test:") for name in names)
     entries = life.client.xrange(redis_key(CLUSTER, life.name, "events"))
-    assert entries[-1][1] == {b"b": encode(EventBatch("w0", life.epoch, life.writer.seq, [BlocksStored(keys(1))]))}
+    assert entries[-1][1] == {
+        b"b": encode(
+            EventBatch("w0", life.epoch, life.writer.acknowledged.seq, [BlocksStored(keys(1))], life.lease.digest)
+        )
+    }
 
 
 def test_a_large_publication_is_cut_into_batches(begin: Callable[..., Life]) -> None:
     life = begin(capacity=30_000)
     life.beat()
-    before = life.writer.seq
+    before = life.writer.acknowledged.seq
     events: list[Event] = [BlocksStored(keys(*range(10_000))), BlocksRemoved(keys(*range(5))), Cleared()]
     assert life.writer.publish(events) and life.writer.publish([])
-    assert life.writer.seq == before + 3
-    assert life.writer.num_blocks == 0
+    assert life.writer.acknowledged.seq == before + 3
+    assert life.writer.ledger.position.num_blocks == 0
 
 
 def test_epochs_grow_and_each_worker_has_its_own(begin: Callable[..., Life]) -> None:
@@ -523,4 +530,4 @@ async def test_random_faults_then_quiet(redis_url: str, begin: Callable[..., Lif
 
         await until(quiet, beat=beat)
         await stays(quiet, 0.2)
-        assert mirror.position() == {life.name: (life.epoch, life.writer.seq) for life in lives.values()}
+        assert mirror.position() == {life.name: (life.epoch, life.writer.acknowledged.seq) for life in lives.values()}

@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 16
 CLUSTER = "routing"
 BLOCKS = 1200
+PLANTED = 2  # blocks that a worker has in the index from its start
 
 
 @dataclass
@@ -287,7 +288,7 @@ async def test_a_killed_worker_is_noticed_and_routed_around(own_redis: Any) -> N
                 assert reborn.ready["epoch"] > children[home].ready["epoch"]
                 await router.until(lambda: router.num_ready() == 2)
                 view = next(view for view in router.fleet.workers() if view.id == home)
-                assert (view.epoch, view.indexed_blocks) == (reborn.ready["epoch"], 0)
+                assert view.epoch == reborn.ready["epoch"] and view.indexed_blocks <= PLANTED
             finally:
                 reborn.process.terminate()
                 reborn.process.wait(10)

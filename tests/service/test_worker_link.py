@@ -405,10 +405,13 @@ def keys(router: Client, kind: type) -> set[bytes]:
 
 
 @pytest.mark.asyncio
-async def test_a_purge_says_by_count_what_it_forgot_and_ends_what_runs(start: Callable[..., WorkerReady]) -> None:
-    ready = start()
+async def test_a_purge_says_by_count_what_it_forgot_and_ends_what_runs(
+    start: Callable[..., WorkerReady], redis_url: str
+) -> None:
+    ready = start(redis=redis_url)
     async with session(ready) as router, grpc.aio.insecure_channel(ready.address) as channel:
         stub = worker_pb2_grpc.WorkerLinkStub(channel)
+        await router.send(follow=pb.Follow())
         await router.submit(1, [*range(64), 7], max_tokens=1, regions=REGIONS)
         await router.ended(1)
         await router.send(pin=pin())
@@ -428,16 +431,19 @@ async def test_a_purge_says_by_count_what_it_forgot_and_ends_what_runs(start: Ca
 
 
 @pytest.mark.asyncio
-async def test_the_cpu_tier_gives_back_what_left_the_device(start: Callable[..., WorkerReady]) -> None:
-    ready = start(cpu_blocks=512, device_blocks=64, max_model_len=1024, simulated_prefill_tokens_per_s=5e4)
+async def test_the_cpu_tier_gives_back_what_left_the_device(start: Callable[..., WorkerReady], redis_url: str) -> None:
+    more = {"max_model_len": 1024, "simulated_prefill_tokens_per_s": 5e4, "redis": redis_url}
+    ready = start(cpu_blocks=512, device_blocks=64, **more)
     prompts = [[i + 5, *range(100, 500)] for i in range(6)]
     async with session(ready) as router:
+        await router.send(follow=pb.Follow())
         for sequence, prompt in enumerate([*prompts, *prompts]):
             await router.submit(sequence, prompt)
             await router.ended(sequence)
         assert [router.tokens[i] for i in range(6)] == [router.tokens[6 + i] for i in range(6)]
         assert all(router.admissions[6 + i].cached_cpu_tokens >= 300 for i in range(6))
         assert all(router.admissions[i].cached_cpu_tokens == 0 for i in range(6))
+        await router.until(lambda: router.batches[-1].seq == stream(redis_url)[-1].seq)
         index = MemoryIndex()
         for batch in router.batches:
             index.apply(batch.worker, batch.epoch, batch.events)
@@ -533,15 +539,17 @@ async def test_lease_and_events_are_in_redis_and_on_the_link(start: Callable[...
     prompt = list(range(100, 164))
     expected = block_keys((Region(ScopeRoot(ROOT), None),), array("I", prompt), 16)
     async with session(ready) as router:
+        before = stream(redis_url)[-1].seq
+        await router.send(follow=pb.Follow(seq=before))
         await router.submit(1, prompt, max_tokens=4)
         await router.ended(1)
         await router.until(lambda: bool(router.batches))
-        assert [batch.seq for batch in router.batches] == [router.hello.seq + 1]
+        assert router.batches == stream(redis_url)[-1:] and router.batches[0].seq == before + 1
     found = [event.keys for batch in router.batches for event in batch.events if isinstance(event, BlocksStored)]
     assert found == [expected]
 
     def stored() -> list[bytes]:
-        return [key for batch in stream(redis_url) for event in batch.events for key in event.keys]
+        return [key for batch in stream(redis_url)[1:] for event in batch.events for key in event.keys]
 
     await eventually(lambda: stored() == expected)
     assert stream(redis_url)[-1].worker == "worker-0"
@@ -576,7 +584,7 @@ async def test_redis_may_go_and_come_back_empty(start: Callable[..., WorkerReady
 
         await eventually(back)
     lease = (await leases(own_redis.url))["worker-0"]
-    assert (lease.epoch, lease.num_blocks) == (ready.epoch, 4)
+    assert (lease.epoch, lease.num_blocks) == (ready.epoch, 2 + 4), "two are planted"
 
 
 def test_a_port_that_is_taken_is_one_error_and_leaves_nothing(

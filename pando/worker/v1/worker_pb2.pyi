@@ -25,20 +25,26 @@ FINISH_DEADLINE: Finish
 FINISH_REJECTED: Finish
 
 class RouterMessage(_message.Message):
-    __slots__ = ("hello", "submit", "cancel", "ping", "pin", "unpin")
+    __slots__ = ("hello", "submit", "cancel", "ping", "pin", "unpin", "follow", "unfollow", "republish")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     PIN_FIELD_NUMBER: _ClassVar[int]
     UNPIN_FIELD_NUMBER: _ClassVar[int]
+    FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    UNFOLLOW_FIELD_NUMBER: _ClassVar[int]
+    REPUBLISH_FIELD_NUMBER: _ClassVar[int]
     hello: RouterHello
     submit: Submit
     cancel: Cancel
     ping: Ping
     pin: Pin
     unpin: Unpin
-    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pin: _Optional[_Union[Pin, _Mapping]] = ..., unpin: _Optional[_Union[Unpin, _Mapping]] = ...) -> None: ...
+    follow: Follow
+    unfollow: Unfollow
+    republish: Republish
+    def __init__(self, hello: _Optional[_Union[RouterHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., pin: _Optional[_Union[Pin, _Mapping]] = ..., unpin: _Optional[_Union[Unpin, _Mapping]] = ..., follow: _Optional[_Union[Follow, _Mapping]] = ..., unfollow: _Optional[_Union[Unfollow, _Mapping]] = ..., republish: _Optional[_Union[Republish, _Mapping]] = ...) -> None: ...
 
 class RouterHello(_message.Message):
     __slots__ = ("router", "key_fingerprint", "epoch")
@@ -101,7 +107,7 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("sequence", "request_id", "attempt", "token_ids", "num_prompt_tokens", "regions", "sampling", "priority", "deadline_ms", "no_store", "quota", "forks")
+    __slots__ = ("sequence", "request_id", "attempt", "token_ids", "num_prompt_tokens", "regions", "sampling", "priority", "deadline_ms", "no_store", "quota", "forks", "weight", "pull")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +120,8 @@ class Submit(_message.Message):
     NO_STORE_FIELD_NUMBER: _ClassVar[int]
     QUOTA_FIELD_NUMBER: _ClassVar[int]
     FORKS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    PULL_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     request_id: str
     attempt: int
@@ -126,7 +134,9 @@ class Submit(_message.Message):
     no_store: bool
     quota: Quota
     forks: _containers.RepeatedCompositeFieldContainer[Fork]
-    def __init__(self, sequence: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., regions: _Optional[_Iterable[_Union[Region, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., no_store: _Optional[bool] = ..., quota: _Optional[_Union[Quota, _Mapping]] = ..., forks: _Optional[_Iterable[_Union[Fork, _Mapping]]] = ...) -> None: ...
+    weight: int
+    pull: Pull
+    def __init__(self, sequence: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., regions: _Optional[_Iterable[_Union[Region, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., no_store: _Optional[bool] = ..., quota: _Optional[_Union[Quota, _Mapping]] = ..., forks: _Optional[_Iterable[_Union[Fork, _Mapping]]] = ..., weight: _Optional[int] = ..., pull: _Optional[_Union[Pull, _Mapping]] = ...) -> None: ...
 
 class Fork(_message.Message):
     __slots__ = ("sequence", "seed")
@@ -156,6 +166,20 @@ class Unpin(_message.Message):
     prefix: bytes
     def __init__(self, prefix: _Optional[bytes] = ...) -> None: ...
 
+class Follow(_message.Message):
+    __slots__ = ("seq",)
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    def __init__(self, seq: _Optional[int] = ...) -> None: ...
+
+class Unfollow(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Republish(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Cancel(_message.Message):
     __slots__ = ("sequence",)
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
@@ -169,21 +193,23 @@ class Ping(_message.Message):
     def __init__(self, nonce: _Optional[int] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "step", "events", "load", "pong")
+    __slots__ = ("hello", "step", "events", "load", "pong", "snapshot")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     PONG_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     step: StepOutput
     events: Events
     load: Load
     pong: Pong
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., events: _Optional[_Union[Events, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ...) -> None: ...
+    snapshot: Snapshot
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., events: _Optional[_Union[Events, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., snapshot: _Optional[_Union[Snapshot, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker", "epoch", "model", "block_size", "key_fingerprint", "max_model_len", "vocab_size", "device_blocks", "pid", "seq")
+    __slots__ = ("worker", "epoch", "model", "block_size", "key_fingerprint", "max_model_len", "vocab_size", "device_blocks", "pid")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -193,7 +219,6 @@ class WorkerHello(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
-    SEQ_FIELD_NUMBER: _ClassVar[int]
     worker: str
     epoch: int
     model: str
@@ -203,8 +228,7 @@ class WorkerHello(_message.Message):
     vocab_size: int
     device_blocks: int
     pid: int
-    seq: int
-    def __init__(self, worker: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., block_size: _Optional[int] = ..., key_fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., device_blocks: _Optional[int] = ..., pid: _Optional[int] = ..., seq: _Optional[int] = ...) -> None: ...
+    def __init__(self, worker: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., block_size: _Optional[int] = ..., key_fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., device_blocks: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class Admission(_message.Message):
     __slots__ = ("cached_device_tokens", "cached_cpu_tokens", "cached_remote_tokens", "cached_published_tokens", "blocks_copied", "queue_ms")
@@ -254,6 +278,24 @@ class Events(_message.Message):
     batches: _containers.RepeatedScalarFieldContainer[bytes]
     def __init__(self, batches: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
+class Snapshot(_message.Message):
+    __slots__ = ("seq", "num_blocks", "digest", "tier", "keys", "first", "last")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    num_blocks: int
+    digest: int
+    tier: int
+    keys: bytes
+    first: bool
+    last: bool
+    def __init__(self, seq: _Optional[int] = ..., num_blocks: _Optional[int] = ..., digest: _Optional[int] = ..., tier: _Optional[int] = ..., keys: _Optional[bytes] = ..., first: _Optional[bool] = ..., last: _Optional[bool] = ...) -> None: ...
+
 class Load(_message.Message):
     __slots__ = ("running", "waiting", "queued_tokens", "free_blocks", "cached_blocks", "device_blocks", "prefill_tokens_per_s", "step_ms", "draining")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -283,24 +325,44 @@ class Pong(_message.Message):
     def __init__(self, nonce: _Optional[int] = ...) -> None: ...
 
 class FetchBlocksRequest(_message.Message):
-    __slots__ = ("epoch", "block_keys")
+    __slots__ = ("epoch", "key_fingerprint", "payload_format", "regions", "token_ids", "first", "count")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    BLOCK_KEYS_FIELD_NUMBER: _ClassVar[int]
+    KEY_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
     epoch: int
-    block_keys: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, epoch: _Optional[int] = ..., block_keys: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    key_fingerprint: str
+    payload_format: str
+    regions: _containers.RepeatedCompositeFieldContainer[Region]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    first: int
+    count: int
+    def __init__(self, epoch: _Optional[int] = ..., key_fingerprint: _Optional[str] = ..., payload_format: _Optional[str] = ..., regions: _Optional[_Iterable[_Union[Region, _Mapping]]] = ..., token_ids: _Optional[_Iterable[int]] = ..., first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class BlockChunk(_message.Message):
-    __slots__ = ("block_key", "offset", "payload", "checksum")
-    BLOCK_KEY_FIELD_NUMBER: _ClassVar[int]
-    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("index", "payload", "checksum")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
-    block_key: bytes
-    offset: int
+    index: int
     payload: bytes
     checksum: int
-    def __init__(self, block_key: _Optional[bytes] = ..., offset: _Optional[int] = ..., payload: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
+    def __init__(self, index: _Optional[int] = ..., payload: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
+
+class Pull(_message.Message):
+    __slots__ = ("address", "epoch", "num_blocks", "timeout_ms")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    epoch: int
+    num_blocks: int
+    timeout_ms: int
+    def __init__(self, address: _Optional[str] = ..., epoch: _Optional[int] = ..., num_blocks: _Optional[int] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("epoch", "deadline_ms")

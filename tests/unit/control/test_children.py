@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from control.children import SOURCE_ROOT, Child, Sweeper, source_path
+from control.children import SOURCE_ROOT, Child, Sweeper, signals_held, source_path
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
@@ -111,12 +111,11 @@ def test_source_path_puts_our_packages_first_and_keeps_the_rest() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="who has which file open is Linux's to say")
 def test_the_sweeper_ends_who_writes_and_spares_who_reads(tmp_path: Path) -> None:
-    folder = tmp_path / "logs"
-    folder.mkdir()
+    sweeper = Sweeper("logs-", str(tmp_path))
+    folder = sweeper.folder
     (folder / "log").write_text("a line\n", "utf-8")
     script = "import sys, time; file = open(sys.argv[1], sys.argv[2]); print(1, flush=True); time.sleep(600)"
     command = [sys.executable, "-c", script, str(folder / "log")]
-    sweeper = Sweeper(folder)
     reader, writer = (subprocess.Popen([*command, mode], stdout=subprocess.PIPE) for mode in ("r", "a"))
     with reader, writer:
         try:
@@ -128,3 +127,23 @@ def test_the_sweeper_ends_who_writes_and_spares_who_reads(tmp_path: Path) -> Non
         finally:
             reader.kill()
             writer.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who has which file open is Linux's to say")
+def test_a_sweeper_that_is_told_to_end_sweeps_first_however_early(tmp_path: Path) -> None:
+    sweeper = Sweeper("logs-", str(tmp_path))
+    os.kill(sweeper.pid, signal.SIGTERM)
+    sweeper.sweep()
+    assert not sweeper.folder.exists()
+
+
+def test_signals_that_are_held_come_when_they_are_let_go() -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        with signals_held():
+            signal.raise_signal(signal.SIGTERM)
+            assert came == []
+        assert came == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)

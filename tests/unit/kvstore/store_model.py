@@ -1,8 +1,8 @@
 """The block store beside a model of it, in dictionaries of token tuples: what every rule of the tests drives.
 
-A path is the (scope, tokens) of a block and of all before it. Every KV position remembers the tokens that were computed
-into it and the scope it was computed for, in both tiers, and free memory is poison: a wrong reuse, copy, load or late
-write shows as a wrong position.
+A path is the (scope, tokens) of a block and of all before it; that of a published end has fewer tokens. Every KV
+position remembers the tokens that were computed into it and the scope it was computed for, in both tiers, and free
+memory is poison: a wrong reuse, copy, load or late write shows as a wrong position.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pytest
+from xxhash import xxh3_128_digest
 
 from kvstore import audit
 from kvstore.block import NO_BLOCK, BlockId, BlockKey, WorkerId
@@ -28,7 +29,7 @@ from kvstore.scope import Region, scope_root
 from kvstore.tiers import Load, Tiers, cpu_pool
 from kvstore.transfers import Demote, Promote, Rates
 
-SIZE = 2
+SIZE = 3
 WORKER = WorkerId("w")
 NAMES = ("public", "group", "tenant:a", "tenant:b")
 PUBLIC, GROUP, A, B = (scope_root(b"s", b"model", name, block_size=SIZE) for name in NAMES)
@@ -38,7 +39,7 @@ REGIONS = [
     (Region(PUBLIC, 5), Region(A, None)),
     (Region(PUBLIC, 5), Region(B, None)),
     (Region(PUBLIC, 1), Region(B, None)),
-    (Region(PUBLIC, 4), Region(GROUP, 7), Region(A, None)),
+    (Region(PUBLIC, 4), Region(GROUP, 5), Region(A, None)),
     (Region(PUBLIC, None),),
 ]
 QUOTAS = [None, Quota(), Quota(floor=4), Quota(ceiling=3), Quota(floor=2, ceiling=6), Quota(floor=3, pinned=3)]
@@ -70,6 +71,10 @@ class Running:
             path = (*path, (root_at(self.regions, first), tuple(self.tokens[first : first + SIZE])))
             found.append(path)
         return found
+
+    def ends(self) -> list[int]:
+        """Where published heads end inside a block."""
+        return [region.end for region in self.regions if region.end is not None and region.end % SIZE]
 
     def entry(self, position: int) -> Entry:
         """What KV at a position must be, if this sequence computed it."""
@@ -177,8 +182,16 @@ class Store:
 
     def leads_on(self, running: Running, full: int) -> bool:
         """Whether another sequence holds the same prefix and goes on with the same block."""
-        path = running.paths()[full]
-        return any(path in other.paths() for other in self.running if other is not running and other.table.block_ids)
+        others = [other for other in self.running if other is not running and other.table.block_ids]
+        paths = running.paths()
+        if full < len(paths) and any(paths[full] in other.paths() for other in others):
+            return True
+        ends = [end for end in running.ends() if full * SIZE < end < (full + 1) * SIZE and end <= len(running.tokens)]
+        return any(
+            end in other.ends() and running.tokens[:end] == other.tokens[:end] and paths[:full] == other.paths()[:full]
+            for end in ends
+            for other in others
+        )
 
     def check_published(self, running: Running, got: int) -> None:
         last = running.regions[-1].root
@@ -195,8 +208,7 @@ class Store:
             for offset in range(num_tokens):
                 digest, scope = self.kv[source][offset]
                 position = index * SIZE + offset
-                readers = [r for r in running.regions if r.root == scope and (r.end is None or position < r.end)]
-                assert readers or scope == root_at(running.regions, index * SIZE), "read across scopes"
+                assert self.may_read(running, position, scope), "read across scopes"
                 self.kv[target][offset] = (digest, root_at(running.regions, index * SIZE))
         running.table.copies_done()
 
@@ -211,6 +223,8 @@ class Store:
             return
         self.finish_load(running)
         start, end = running.computed, min(running.computed + count, len(running.tokens))
+        if count % 4:  # most callers stop at a published end
+            end = running.table.share_end(running.tokens, start, end)
         table, blocks_before = running.table, list(running.table.block_ids)
         needed = -(-end // SIZE) - len(blocks_before)
         expected = needed <= 0 or self.may_hold(running, needed)
@@ -236,11 +250,37 @@ class Store:
             assert self.pool.references(block) == 1 and not self.pool.is_sealed(block)
             self.kv[block][position % SIZE] = running.entry(position)
         running.computed = end
-        table.seal(running.tokens, end)
+        self.seal(running)
         if running.window:
             self.counts["holes"] += table.release_before(end - running.window, sinks=1)
         if running.computed == len(running.tokens) < 24:
             running.tokens.append(token)
+
+    def seal(self, running: Running) -> None:
+        """What ends where a published head does is there for others from now on, and holds nothing behind it."""
+        table, end = running.table, running.computed
+        room, sealing = self.pool.num_available, table._sealing
+        is_end = table.seal(running.tokens, end)
+        if end not in running.ends():
+            assert not is_end
+            return
+        root = next(region.root for region in running.regions if region.end == end)
+        first = end // SIZE * SIZE
+        block = BlockId(table.block_ids[first // SIZE])
+        assert is_end == (self.pool.is_sealed(block) and not running.no_store) or not sealing
+        if is_end:
+            self.counts["ends"] += 1
+            assert [digest for digest, _ in self.kv[block][: end - first]] == [
+                running.entry(position)[0] for position in range(first, end)
+            ]
+            self.kv[block] = [(digest, root) for digest, _ in self.kv[block][: end - first]]
+            self.kv[block] += [POISON] * (first + SIZE - end)
+        parent = table._tip
+        if table._sealing and room and self.key_bits == 128 and (parent == NO_BLOCK or self.pool.is_sealed(parent)):
+            wanted, number = running.tokens[first:end].tobytes(), self.pool.number(parent)
+            children = self.pool.contents.children.of(number)
+            held = [self.pool.contents.tokens[i] for i in children if self.pool.contents.roots[i] == root]
+            assert any(tokens[: len(wanted)] == wanted for tokens in held)
 
     def try_again(self, running: Running) -> None:
         assert running.wait is not None and running.table.block_ids == []
@@ -396,6 +436,10 @@ class Store:
     def publish(self) -> None:
         """Events may be taken at any time, and applied twice; between two times only the net change matters."""
         events = (self.tiers or self.pool).take_events()
+        self.learn()
+        for tier, pool in self.tier_pools():
+            full = [key for key, path in self.resident[tier].items() if len(path[-1][1]) == SIZE]
+            assert sorted(full) == sorted(pool.sealed_keys())
         for _ in range(2):
             self.index.apply(WORKER, self.epoch, events)
         self.index.apply(WORKER, self.epoch - 1, events[::-1])
@@ -465,7 +509,7 @@ class Store:
         for table in tables:
             held.update(block for block in table.block_ids if block != NO_BLOCK)
             held.update(block for _, block in table._stand_ins)
-            held.update(table._sources)
+            held.update(table._copies.sources)
         if self.tiers is not None:
             held.update(promotion.order.target for promotion in self.tiers._promotions.values())
             in_cpu = Counter(promotion.order.source for promotion in self.tiers._promotions.values())
@@ -487,6 +531,7 @@ class Store:
                 owner = pool._owners[pool.contents.by_key[key]]
                 assert owner is not None and owner.root == path[-1][0]
         device, cpu = (self.resident[tier] for tier in (DEVICE, CPU))
+        assert all(len(path[-1][1]) == SIZE for path in cpu.values())
         shared = set(device.values()) & set(cpu.values())
         for path in shared:
             key = next(key for key, other in device.items() if other == path)
@@ -502,14 +547,21 @@ class Store:
             for position in range(running.computed):
                 block = running.table.block_ids[position // SIZE]
                 if block != NO_BLOCK:
-                    assert self.kv[block][position % SIZE] == running.entry(position)
+                    digest, scope = self.kv[block][position % SIZE]
+                    assert digest == running.entry(position)[0] and self.may_read(running, position, scope)
                 else:
                     assert running.window and position < running.computed - running.window
         for key, path in self.resident[DEVICE].items():
             tokens = array("I", [token for _, part in path for token in part])
-            for offset in range(SIZE):
-                wanted = digest_of(tokens[: len(tokens) - SIZE + offset + 1]), path[-1][0]
+            before = len(tokens) - len(path[-1][1])
+            for offset in range(len(path[-1][1])):
+                wanted = digest_of(tokens[: before + offset + 1]), path[-1][0]
                 assert self.kv[self.pool.contents.by_key[key]][offset] == wanted
+
+    def may_read(self, running: Running, position: int, scope: bytes) -> bool:
+        """Whether KV at a position may be of this scope."""
+        readable = [r.root for r in running.regions if r.end is None or position < r.end]
+        return scope in readable or scope == root_at(running.regions, position // SIZE * SIZE)
 
     def check_order(self) -> None:
         """Ceilings hold for what is not in use; floors can be grown to."""
@@ -542,6 +594,12 @@ class Store:
 
 def key_of(path: Path, key_bits: int) -> BlockKey:
     """The key of a path, made anew from its scopes and tokens."""
+    root, last = path[-1]
+    if len(last) < SIZE:
+        seed, parent = int.from_bytes(root[:8], "little"), bytes(key_of(path[:-1], key_bits)) if path[1:] else b""
+        start = xxh3_128_digest(parent + root, seed) if parent else root
+        whole = int.from_bytes(xxh3_128_digest(start + array("I", last).tobytes(), seed), "little")
+        return BlockKey((whole % (1 << key_bits)).to_bytes(16, "little"))
     regions: list[Region] = []
     for number, (root, _) in enumerate(path, 1):
         if regions and regions[-1].root == root:

@@ -26,6 +26,10 @@ def block_tokens(number: int) -> bytes:
     return number.to_bytes(16, "little")
 
 
+def find(pool: BlockPool, key: BlockKey, root: ScopeRoot, parent: BlockId, tokens: bytes) -> BlockId | None:
+    return pool.contents.find(key, root, pool.number(parent), tokens)
+
+
 def sealed_chain(pool: BlockPool, length: int, first: int = 0) -> list[BlockId]:
     """`length` sealed blocks, each the parent of the next, still held."""
     blocks = pool.allocate(length)
@@ -59,12 +63,12 @@ def test_a_released_block_is_found_again_until_it_is_evicted() -> None:
     (block,) = sealed_chain(pool, 1)
     pool.release([block])
     assert pool.num_cached == 1 and pool.is_sealed(block)
-    assert pool.find(key(0), ROOT, NO_BLOCK, block_tokens(0)) == block
+    assert find(pool, key(0), ROOT, NO_BLOCK, block_tokens(0)) == block
     pool.acquire([block])
     assert pool.references(block) == 1 and pool.num_cached == 0
     pool.release([block])
     assert pool.allocate(2) is not None
-    assert pool.find(key(0), ROOT, NO_BLOCK, block_tokens(0)) is None
+    assert find(pool, key(0), ROOT, NO_BLOCK, block_tokens(0)) is None
     assert pool.evictions == 1
 
 
@@ -83,10 +87,10 @@ def test_a_hit_needs_scope_parent_and_tokens(root: ScopeRoot, parent_is: str, to
     parent, child = sealed_chain(pool, 2)
     (other,) = sealed_chain(pool, 1, first=7)
     parents = {"parent": parent, "none": NO_BLOCK, "other": other}
-    assert pool.find(key(1), ROOT, parent, block_tokens(1)) == child and pool.key_collisions == 0
-    assert pool.find(key(1), root, parents[parent_is], tokens) is None
-    assert pool.key_collisions == 1
-    assert pool.find(key(1), ROOT, parent, block_tokens(1)) == child
+    assert find(pool, key(1), ROOT, parent, block_tokens(1)) == child and pool.contents.collisions == 0
+    assert find(pool, key(1), root, parents[parent_is], tokens) is None
+    assert pool.contents.collisions == 1
+    assert find(pool, key(1), ROOT, parent, block_tokens(1)) == child
 
 
 def test_a_hit_needs_the_parents_content() -> None:
@@ -95,9 +99,9 @@ def test_a_hit_needs_the_parents_content() -> None:
     parent, child = sealed_chain(pool, 2)
     number = pool.contents.numbers[parent]
     pool.contents.numbers[parent] = 99
-    assert pool.find(key(1), ROOT, parent, block_tokens(1)) is None
+    assert find(pool, key(1), ROOT, parent, block_tokens(1)) is None
     pool.contents.numbers[parent] = number
-    assert pool.find(key(1), ROOT, parent, block_tokens(1)) == child
+    assert find(pool, key(1), ROOT, parent, block_tokens(1)) == child
 
 
 def test_same_content_twice_keeps_the_first() -> None:
@@ -106,7 +110,7 @@ def test_same_content_twice_keeps_the_first() -> None:
     second = pool.allocate(1)
     assert second is not None
     assert pool.seal(second[0], key(0), ROOT, NO_BLOCK, block_tokens(0)) == first
-    assert not pool.is_sealed(second[0]) and pool.key_collisions == 0
+    assert not pool.is_sealed(second[0]) and pool.contents.collisions == 0
     pool.release(second)
     assert pool.num_cached == 0
 
@@ -117,8 +121,8 @@ def test_a_collision_keeps_the_resident() -> None:
     second = pool.allocate(1)
     assert second is not None
     assert pool.seal(second[0], key(0), ROOT, NO_BLOCK, TOKENS[:-1] + b"\x09") is None
-    assert pool.key_collisions == 1 and not pool.is_sealed(second[0])
-    assert pool.find(key(0), ROOT, NO_BLOCK, block_tokens(0)) == first
+    assert pool.contents.collisions == 1 and not pool.is_sealed(second[0])
+    assert find(pool, key(0), ROOT, NO_BLOCK, block_tokens(0)) == first
 
 
 def test_eviction_takes_empty_blocks_first_then_the_oldest_leaf() -> None:
@@ -215,7 +219,7 @@ def test_without_reuse_nothing_is_kept() -> None:
     assert blocks is not None
     assert pool.seal(blocks[0], key(0), ROOT, NO_BLOCK, TOKENS) is None
     pool.release(blocks)
-    assert pool.num_free == 2 and pool.take_events() == [] and pool.key_collisions == 0
+    assert pool.num_free == 2 and pool.take_events() == [] and pool.contents.collisions == 0
 
 
 @pytest.mark.parametrize(
@@ -278,7 +282,7 @@ def test_cost_per_block_does_not_depend_on_the_pools_size() -> None:
         touch = lines_run(lambda: pool.acquire(chain))
         free = lines_run(lambda: pool.release(chain[::-1]))
         take = lines_run(lambda: pool.allocate(count))
-        look = lines_run(lambda: pool.find(key(0), ROOT, NO_BLOCK, block_tokens(0)))
+        look = lines_run(lambda: find(pool, key(0), ROOT, NO_BLOCK, block_tokens(0)))
         return touch, free, take, look
 
     assert cost(64, 16) == cost(4096, 16)

@@ -58,7 +58,7 @@ def test_another_scope_never_hits_and_the_first_still_does() -> None:
     pool = BlockPool(32, SIZE)
     run(pool, OWN_A, prompt(17))[0].release()
     table, cached = run(pool, OWN_B, prompt(17))
-    assert cached == 0 and pool.key_collisions == 0
+    assert cached == 0 and pool.contents.collisions == 0
     table.release()
     assert run(pool, OWN_A, prompt(17))[1] == 16
     assert run(pool, OWN_B, prompt(17))[1] == 16
@@ -193,7 +193,7 @@ def test_colliding_keys_never_give_wrong_tokens() -> None:
     )  # fmt: skip
     run(pool, OWN_A, first)[0].release()
     table, cached = run(pool, OWN_A, twin)
-    assert cached == 0 and pool.key_collisions == 2  # once when looked up, once when sealed
+    assert cached == 0 and pool.contents.collisions == 2  # once when looked up, once when sealed
     table.release()
     assert run(pool, OWN_A, twin)[1] == 0
     assert run(pool, OWN_A, first)[1] == 4
@@ -233,6 +233,6 @@ def test_a_recorded_collision_costs_a_miss_and_nothing_else() -> None:
         table, cached = run(pool, regions, other)
         assert cached == 0 and table.take_copies() == []
         table.release()
-    assert pool.key_collisions == 4 and pool.num_sealed == 1
+    assert pool.contents.collisions == 4 and pool.num_sealed == 1
     assert run(pool, regions, one)[1] == 16
     pool.check(deep=True)

@@ -247,7 +247,7 @@ def test_long_walk(key_bits: int, cpu_blocks: int, policy: str) -> None:
         walk(store, random.Random(seed), 2500)
         counts += store.counts
         store.stop()
-    happened = {"waits", "parts", "refused", "copied", "forks", "crashes", "pinned"}
+    happened = {"waits", "parts", "refused", "copied", "forks", "crashes", "pinned", "ends"}
     assert set(counts) >= happened | ({"loaded", "holes"} if cpu_blocks else set())
 
 

@@ -121,6 +121,47 @@ def test_what_is_evicted_is_loaded_back() -> None:
     assert worker.use(own(B), text(0, 5)) == 20  # B had never computed it
 
 
+def test_sealed_blocks_in_use_are_copied_when_few_are_cached() -> None:
+    """What is given back may be evicted before the next look."""
+    worker = Worker()
+    tables = [BlockTable(worker.tiers.device, own(root)) for root in (A, B)]
+    for table, root in zip(tables, (A, B), strict=True):
+        worker.compute(table, own(root), text(0, 4), 0)
+    assert worker.tiers.demote() == 8
+    parents_first = [order.source for order in worker.copy().demotions]
+    assert parents_first == [*tables[0].block_ids, *tables[1].block_ids]
+    worker.answer()
+    assert worker.tiers.demote() == 0  # once each
+    for table in tables:
+        table.release()
+    assert worker.tiers.device.allocate(8) is not None
+    assert worker.tiers.cpu.num_sealed == 8
+    worker.tiers.check(deep=True)
+
+
+def test_what_is_in_use_is_not_copied_while_there_is_room() -> None:
+    worker = Worker(device_blocks=16)
+    table = BlockTable(worker.tiers.device, own(A))
+    worker.tiers = Tiers(worker.tiers.device, cpu_pool(worker.tiers.device, 32), max_demotions=4)
+    worker.compute(table, own(A), text(0, 8), 0)
+    assert worker.tiers.demote() == 0
+    other = BlockTable(worker.tiers.device, own(B))
+    worker.compute(other, own(B), text(100, 5), 0)
+    assert [worker.tiers.demote() for _ in range(2)] == [4, 0]  # so many under way at most
+    worker.settle()
+    assert [worker.tiers.demote() for _ in range(2)] == [4, 0]
+
+
+def test_blocks_in_use_that_are_purged_are_not_copied() -> None:
+    worker = Worker()
+    table = BlockTable(worker.tiers.device, own(A))
+    worker.compute(table, own(A), text(0, 8), 0)
+    worker.tiers.purge(A)
+    assert worker.tiers.demote() == 0
+    table.release()
+    worker.tiers.check(deep=True)
+
+
 def test_loading_only_when_it_is_cheaper() -> None:
     assert Rates().prefers_load(1, 16)
     assert Rates(1.0, 1.0, 0.2).prefers_load(2, 16) and not Rates(1.0, 1.0, 0.09).prefers_load(2, 16)

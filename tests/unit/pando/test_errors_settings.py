@@ -110,3 +110,26 @@ def test_every_setting_has_help_and_a_default_that_is_allowed(cls: type) -> None
         assert not f.metadata["choices"] or f.default in f.metadata["choices"]
     assert load(cls, {}, env={}) == cls()
     assert settings.ENV_PREFIX == "PANDO_"
+
+
+def test_the_files_for_tls_are_part_of_the_redis_url_and_workers_have_a_name_in_it() -> None:
+    url = "rediss://{worker_id}:pw@r:6379/0"
+    worker = load(WorkerSettings, {"redis": url, "redis_ca": "/a b/ca.crt", "worker_id": "w/1"}, env={})
+    assert worker.redis_url == "rediss://w%2F1:pw@r:6379/0?ssl_ca_certs=%2Fa+b%2Fca.crt"
+    files = {"redis_cert": "c", "redis_key": "k"}
+    router = load(RouterSettings, {"redis": "rediss://r/0?db=1", **files}, env={})
+    assert router.redis_url == "rediss://r/0?db=1&ssl_certfile=c&ssl_keyfile=k"
+    assert load(RouterSettings, {"redis": "redis://r/0"}, env={}).redis_url == "redis://r/0"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"redis": "redis://r/0", "redis_ca": "ca"}, "rediss://"),
+        ({"redis": "rediss://r/0", "redis_cert": "c"}, "go together"),
+        ({"redis_key": "k"}, "rediss://"),
+    ],
+)
+def test_tls_settings_that_make_no_sense_are_refused(flags: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load(RouterSettings, flags, env={})

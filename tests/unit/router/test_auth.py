@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -201,33 +202,37 @@ def test_the_admin_key() -> None:
             require_admin("k", metadata)
 
 
-def test_places_are_given_back_whatever_happens() -> None:
+async def entered(stack: AsyncExitStack, admission: Admission, tenant: Tenant, request_id: str = "") -> str:
+    return await stack.enter_async_context(admission.enter(tenant, request_id))
+
+
+@pytest.mark.asyncio
+async def test_places_are_given_back_whatever_happens() -> None:
     admission = Admission(2)
-    with admission.enter(Tenant("a"), "one") as first:
-        assert (first, admission.in_flight, admission.in_flight_of("a")) == ("one", 1, 1)
-        with pytest.raises(RuntimeError, match="bug"), admission.enter(Tenant("a"), ""):
+    with pytest.raises(RuntimeError, match="bug"):
+        async with AsyncExitStack() as stack:
+            assert await entered(stack, admission, Tenant("a"), "one") == "one"
+            assert (admission.in_flight, admission.in_flight_of("a")) == (1, 1)
+            await entered(stack, admission, Tenant("b"), "one")
+            with pytest.raises(ResourceExhausted) as full:
+                await entered(stack, admission, Tenant("c"))
             raise RuntimeError("bug")
-        with (
-            admission.enter(Tenant("b"), "one"),
-            pytest.raises(ResourceExhausted) as full,
-            admission.enter(Tenant("c"), ""),
-        ):
-            pass
     assert full.value.retry_after_s
     assert (admission.in_flight, admission.in_flight_of("a"), admission.in_flight_of("b")) == (0, 0, 0)
 
 
-def test_a_tenants_own_limit() -> None:
+@pytest.mark.asyncio
+async def test_a_tenants_own_limit() -> None:
     admission = Admission(10)
     limited = Tenant("a", 1)
-    with admission.enter(limited, ""):
-        with pytest.raises(ResourceExhausted) as full, admission.enter(limited, ""):
-            pass
+    async with AsyncExitStack() as stack:
+        await entered(stack, admission, limited)
+        with pytest.raises(ResourceExhausted) as full:
+            await entered(stack, admission, limited)
         assert full.value.violations[0].field == "tenant:a"
-        with admission.enter(Tenant("b", 1), ""):
-            pass
-    with admission.enter(limited, ""):
-        pass
+        await entered(stack, admission, Tenant("b", 1))
+    async with AsyncExitStack() as stack:
+        await entered(stack, admission, limited)
 
 
 def test_what_a_tenant_may_use_and_share(tmp_path: Path) -> None:
@@ -237,6 +242,10 @@ device_floor_blocks = 10
 device_ceiling_blocks = 100
 cpu_ceiling_blocks = 0
 publish_budget_blocks = 0
+weight = 4
+requests_per_s = 2.5
+prompt_tokens_per_s = 1000
+ttft_target_ms = 1500
 """
     path = write(
         tmp_path / "t.toml", f'[tenants.b]\nkeys = ["{key_hash("b")}"]\n[tenants.a]\nkeys = ["{key_hash("a")}"]\n'
@@ -252,6 +261,9 @@ publish_budget_blocks = 0
     changed = tenants.tenant(bearer("a"))
     assert (changed.groups, changed.publish) == (("g", "h"), {"own", "public"})
     assert changed.quota == KvQuota(10, 100, 0, 0, 0)
+    assert (changed.weight, changed.requests_per_s, changed.prompt_tokens_per_s) == (4, 2.5, 1000.0)
+    assert (plain.weight, plain.requests_per_s, plain.prompt_tokens_per_s) == (1, 0.0, 0.0)
+    assert (plain.ttft_s, changed.ttft_s) == (0, 1.5)
     assert tenants.lookup(changed.id) == changed and tenants.lookup(TenantId("nobody")) is None
 
 

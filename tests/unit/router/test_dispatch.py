@@ -116,6 +116,20 @@ async def test_deltas_come_in_order_and_the_first_says_what_was_cached(stage: St
     assert is_clean(stage) and link.sent() == []
 
 
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_purge_ends_a_request_and_leaves_its_worker_in_place(stage: Stage, tokens: Tokens, begun: bool) -> None:
+    stage.add("w")
+    call, submit, link = await begin(stage, tokens(50))
+    if begun:
+        link.say(submit.sequence, token_ids=[5])
+        await settle()
+    link.say(submit.sequence, first_index=int(begun), finish=pb.FINISH_CANCELLED, reason="PURGED")
+    with pytest.raises(Unavailable) as ended:
+        await call.task
+    assert (ended.value.reason, ended.value.retry_after_s) == ("PURGED", None)
+    assert stage.fleet.ready and is_clean(stage)
+
+
 async def test_tenants_share_nothing(stage: Stage, tokens: Tokens) -> None:
     stage.add("w")
     call, submit, link = await begin(stage, tokens(50), tenant="a")

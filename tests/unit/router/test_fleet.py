@@ -147,6 +147,18 @@ async def test_each_way_not_to_fit_has_its_name(stage: Stage) -> None:
     assert refusals(stage) == {"a": IS_DRAINING}
 
 
+async def test_with_a_window_the_pool_bounds_no_length(stage: Stage) -> None:
+    endless = {"device_blocks": 10, "max_model_len": 1 << 30}
+    stage.mirror.say(stage.lease("fits", max_held=160, **endless))
+    stage.mirror.say(stage.lease("fits-not", max_held=161, **endless))
+    for worker in ("fits", "fits-not"):
+        stage.link(worker).come_up()
+    assert stage.reserve(num_tokens=10**6, max_tokens=10**9).worker == "fits"
+    assert stage.reserve(num_tokens=100, avoid=frozenset({("fits", 1)})).worker == "fits-not"
+    stage.mirror.end("fits")
+    assert refusals(stage, num_tokens=10**6, max_tokens=10**9)["fits-not"] == KV_CAPACITY
+
+
 async def test_a_worker_that_said_it_drains_is_left_alone_until_its_next_life(stage: Stage) -> None:
     stage.add("a", "b")
     stage.fleet.note_draining("a", 1)

@@ -238,7 +238,7 @@ def test_no_file_is_one_clear_error(tmp_path: Path) -> None:
 
 @pytest.mark.asyncio
 async def test_encoding_leaves_the_event_loop_free(build: Build) -> None:
-    tokenizer = Tokenizer(build(), max_tokens=1 << 22)
+    tokenizer = Tokenizer(build(), max_tokens=lambda: 1 << 22)
     ticks = 0
 
     async def tick() -> None:
@@ -258,7 +258,7 @@ async def test_encoding_leaves_the_event_loop_free(build: Build) -> None:
 
 @pytest.mark.asyncio
 async def test_a_text_that_must_be_too_long_is_refused_unread(build: Build) -> None:
-    tokenizer = Tokenizer(build(), max_tokens=10)
+    tokenizer = Tokenizer(build(), max_tokens=lambda: 10)
     with pytest.raises(InvalidRequest, match="longer than"):
         await tokenizer.encode("x" * 100_000)
     tokenizer.close()
@@ -266,7 +266,7 @@ async def test_a_text_that_must_be_too_long_is_refused_unread(build: Build) -> N
 
 @pytest.mark.asyncio
 async def test_a_text_that_turns_out_too_long_is_refused_with_its_length(build: Build) -> None:
-    tokenizer = Tokenizer(build(), max_tokens=10)
+    tokenizer = Tokenizer(build(), max_tokens=lambda: 10)
     assert len(await tokenizer.encode("q" * 10)) == 10
     for asked in (tokenizer.encode("q" * 11), tokenizer.encode_chat([ChatMessage("user", "q" * 11)])):
         with pytest.raises(InvalidRequest, match=r"has \d\d tokens and the model's context 10") as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ class Result:
 
 
 class World:
-    """`step` is the engine's, in one place; `batches` keeps what ran."""
+    """`step` is the engine's, in one place; `batches` keeps what ran. A `runner` of one's own brings its own shape."""
 
     def __init__(
         self,
@@ -64,18 +65,22 @@ class World:
         num_cpu_blocks: int = 0,
         window: int | None = None,
         sinks: int = 0,
+        runner: Any = None,
     ) -> None:
         self.now = 0.0
+        self.step_s = 0.001
         self.prefill_tokens_per_s = 10_000.0
-        self.pool = BlockPool(num_blocks, block_size, key_bits=key_bits, reuse=reuse)
-        limits = SchedulerLimits(max_batch_tokens, max_sequences, max_waiting, max_model_len, window, sinks)
-        self.runner = SimulatedRunner(
+        self.runner = runner or SimulatedRunner(
             spec(num_blocks, block_size, max_model_len, window, sinks),
             StepCost(0.001, 0.0001),
             num_cpu_blocks=num_cpu_blocks,
             sleep=self.sleep,
             clock=lambda: self.now,
         )
+        shape = self.runner.spec
+        # As the CPU tier's, the pool says what became free: tests poison it.
+        self.pool = BlockPool(shape.num_blocks, shape.block_size, key_bits=key_bits, reuse=reuse, wipe=True)
+        limits = SchedulerLimits(max_batch_tokens, max_sequences, max_waiting, max_model_len, window, sinks)
         self.tiers: Tiers | None = None
         self.offload: Offload | None = None
         if self.runner.mover is not None:
@@ -84,6 +89,8 @@ class World:
         self.holdings = Holdings(self.pool, self.tiers)
         self.scheduler = Scheduler(self.pool, limits, holdings=self.holdings, tiers=self.tiers)
         self.batches: list[Batch] = []
+        self.on_schedule: Callable[[], None] = lambda: None
+        """What a test does to memory once a step is decided, before anything of it is done."""
         self.results: dict[int, Result] = {}
 
     def sleep(self, seconds: float) -> None:
@@ -103,6 +110,7 @@ class World:
         fork_seeds: tuple[int, ...] = (),
         publishers: Publishers = (),
         quota: OwnerQuota | None = None,
+        weight: int = 1,
         **sampling: object,
     ) -> int:
         tokens = array("I", prompt)
@@ -115,6 +123,7 @@ class World:
             priority=priority,
             deadline=deadline,
             no_store=no_store,
+            weight=weight,
             forks=tuple(Fork(len(self.results) + 1 + i, seed) for i, seed in enumerate(fork_seeds)),
         )
         self.holdings.admit(request.owner, publishers, quota)
@@ -130,8 +139,13 @@ class World:
 
     def step(self) -> bool:
         if self.offload is not None:
-            self.offload.answer(step_s=0.001, prefill_tokens_per_s=self.prefill_tokens_per_s)
+            self.offload.answer(
+                step_s=self.step_s,
+                num_sequences=self.scheduler.num_sequences,
+                prefill_tokens_per_s=self.prefill_tokens_per_s,
+            )
         batch = self.scheduler.schedule(self.now)
+        self.on_schedule()
         if self.offload is not None:
             self.offload.order(idle=batch is None)
         if batch is not None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from array import array
 
+from kvstore.block_pool import BlockPool
+from kvstore.block_table import BlockTable
+from kvstore.scope import Region, ScopeRoot
 from kvstore.tiers import TierCounts
 from worker.batch import Batch, SamplingParams, ScheduledSequence
 from worker.engine import Load, StepReport
@@ -20,7 +23,7 @@ def test_reports_are_counted_and_passed_on() -> None:
     metrics = StepMetrics(passed.append, model="m", worker="w")
     first = StepReport(
         outputs=[
-            SequenceOutput(1, 0, (5,), admission=AdmissionFacts(32, 16, 0.5, 1, 48)),
+            SequenceOutput(1, 0, (5,), admission=AdmissionFacts(32, 16, 0.5, 1, 48, 12)),
             SequenceOutput(2, 3, (6,), finish=Finish.STOP),
             SequenceOutput(3, 0, finish=Finish.REJECTED),
         ],
@@ -41,8 +44,13 @@ def test_reports_are_counted_and_passed_on() -> None:
 
     assert value("prompt_tokens_total") == 11
     assert value("generation_tokens_total") == 3
-    assert [value("prefix_cache_hits_total", tier=tier) for tier in ("device", "cpu")] == [32, 48]
-    assert (value("prefix_cache_published_hits_total"), value("kv_blocks_copied_total")) == (16, 1)
+    hits = {
+        (tier, scope): value("prefix_cache_hits_total", tier=tier, scope=scope)
+        for tier in ("device", "cpu")
+        for scope in ("own", "published")
+    }
+    assert hits == {("device", "own"): 28, ("device", "published"): 4, ("cpu", "own"): 36, ("cpu", "published"): 12}
+    assert value("kv_blocks_copied_total") == 1
     assert [value("kv_blocks_moved_total", outcome=what) for what in ("demoted", "promoted")] == [7, 3]
     assert value("num_preemptions_total") == 4
     assert value("request_success_total", finished_reason="stop") == 1
@@ -53,3 +61,25 @@ def test_reports_are_counted_and_passed_on() -> None:
     assert (value("num_requests_running"), value("num_requests_waiting")) == (2, 7)
     assert (value("kv_cache_usage_perc"), value("kv_cached_blocks")) == (0.25, 20)
     assert value("prefill_tokens_per_second") == 99
+
+
+def test_what_pools_count_is_read_with_the_rest() -> None:
+    metrics = StepMetrics(lambda report: None, model="m", worker="w")
+    pool = BlockPool(4, 2, key_bits=1)
+    metrics.watch("device", pool)
+    regions = (Region(ScopeRoot(bytes(16)), None),)
+    for number in range(8):
+        table = BlockTable(pool, regions)
+        tokens = array("I", [number] * 9)
+        table.attach_prefix(tokens, 8)
+        assert table.reserve(8)
+        table.seal(tokens, 8)
+        table.release()
+    pool.clear()
+    counts = [
+        metrics.registry.get_sample_value(
+            f"pando_kv_{name}_total", {"model_name": "m", "worker": "w", "tier": "device"}
+        )
+        for name in ("blocks_evicted", "key_collisions")
+    ]
+    assert counts == [pool.evictions, pool.contents.collisions] and min(counts) > 0

@@ -111,6 +111,54 @@ def test_nothing_is_loaded_that_is_cheaper_to_compute(world: MakeWorld) -> None:
     assert facts(fleet, again).cached_cpu_tokens == 0
 
 
+@pytest.mark.parametrize(
+    ("num_blocks", "num_others", "step_s", "loads"),
+    [
+        (2, 0, 1.0, True),  # nobody computes: no step goes by, however long one is
+        (1, 0, 1.0, False),  # 0.4 ms to compute; to see that it has come takes 0.5 ms
+        (1, 1, 0.001, False),  # its own wait for the end of the step is longer than what both would wait
+        (1, 1, 0.0005, True),
+        (1, 8, 0.001, True),  # nine would wait
+        (1, 8, 0.01, False),
+        (12, 8, 0.01, True),
+    ],
+)
+def test_a_load_is_weighed_by_whom_it_delays(
+    world: MakeWorld, num_blocks: int, num_others: int, step_s: float, loads: bool
+) -> None:
+    """A token takes 0.1 ms to compute, a block 0.02 ms to load."""
+    fleet = world(num_blocks=100, num_cpu_blocks=256)
+    tokens = prompt(4 * num_blocks)
+    fleet.tokens(tokens, max_tokens=1)
+    for i in range(8):
+        fleet.tokens(prompt(60, seed=100 + i), tenant="z", max_tokens=1)
+    fleet.tokens(prompt(4, seed=99), tenant="z", max_tokens=1)
+    measuring = fleet.submit([*prompt(60, seed=100), 9], tenant="z", max_tokens=1)
+    fleet.run()
+    assert facts(fleet, measuring).cached_cpu_tokens > 0
+    others = [fleet.submit(prompt(3, seed=200 + i), tenant="z", max_tokens=12) for i in range(num_others)]
+    fleet.step()
+    fleet.step_s = step_s
+    asked = fleet.submit([*tokens, 5], max_tokens=1)
+    fleet.run()
+    assert all(len(fleet.results[i].token_ids) == 12 for i in others)
+    found = facts(fleet, asked)
+    assert (found.cached_device_tokens, found.cached_cpu_tokens) == (0, len(tokens) if loads else 0)
+    fleet.assert_nothing_held()
+
+
+def test_what_is_in_use_is_copied_before_it_is_given_back(world: MakeWorld) -> None:
+    """Four fill the device at a time; whoever comes next takes the blocks of those that end, in the same step."""
+    fleet = world(num_blocks=32, num_cpu_blocks=256)
+    talks = {fleet.submit(prompt(28, seed=i), max_tokens=4): prompt(28, seed=i) for i in range(16)}
+    fleet.run()
+    flush(fleet)
+    again = [fleet.submit([*tokens, 7], max_tokens=1) for tokens in talks.values()]
+    fleet.run()
+    assert [facts(fleet, i).cached_cpu_tokens for i in again] == [28] * 16
+    fleet.assert_nothing_held()
+
+
 @pytest.mark.parametrize("steps", range(4))
 def test_cancel_while_loading_leaves_nothing_held(world: MakeWorld, steps: int) -> None:
     fleet = world(num_blocks=32, num_cpu_blocks=256)

@@ -30,11 +30,11 @@ async def test_outputs_of_one_attempt_merge() -> None:
 async def test_everything_else_is_bounded_to_the_newest() -> None:
     session = RouterSession("r")
     for i in range(5000):
-        session.add_events(b"%d" % i)
+        session.add_feed([b"%d" % i])
         session.add_pong(i)
         session.set_load(Load(running=i))
     news = await session.news()
-    assert (len(news.events), news.events[-1]) == (MAX_PENDING_EVENTS, b"4999")
+    assert (len(news.feed), news.feed[-1]) == (MAX_PENDING_EVENTS, b"4999")
     assert (len(news.pongs), news.pongs[-1]) == (MAX_PENDING_PONGS, 4999)
     assert news.load == Load(running=4999)
 

@@ -1,6 +1,9 @@
 #!/bin/sh
 # Starts Redis with its password from REDIS_PASSWORD, kept off the command line. Further arguments go to redis-server.
 # REDIS_CONF names the configuration file, REDIS_AUTH_FILE where the password line is written (a private folder).
+# REDIS_ACL_FILE, if set, is what users.sh printed; its users then count, and the password alone no more.
+# REDIS_TLS_FOLDER, if set, has tls.crt, tls.key and ca.crt: the port then takes TLS only, with client certificates of
+# that CA where REDIS_TLS_CLIENTS is yes.
 set -eu
 : "${REDIS_PASSWORD:?set REDIS_PASSWORD}"
 case "$REDIS_PASSWORD" in
@@ -11,5 +14,16 @@ case "$REDIS_PASSWORD" in
 esac
 auth_file="${REDIS_AUTH_FILE:-/tmp/auth.conf}"
 umask 077
-{ cat "${REDIS_CONF:-/etc/pando-redis/redis.conf}"; echo "requirepass $REDIS_PASSWORD"; } > "$auth_file"
+{
+    cat "${REDIS_CONF:-/etc/pando-redis/redis.conf}"
+    if [ -n "${REDIS_ACL_FILE:-}" ]; then echo "aclfile $REDIS_ACL_FILE"; else echo "requirepass $REDIS_PASSWORD"; fi
+    if [ -n "${REDIS_TLS_FOLDER:-}" ]; then
+        echo "port 0"
+        echo "tls-port ${REDIS_PORT:-6379}"
+        echo "tls-cert-file $REDIS_TLS_FOLDER/tls.crt"
+        echo "tls-key-file $REDIS_TLS_FOLDER/tls.key"
+        echo "tls-ca-cert-file $REDIS_TLS_FOLDER/ca.crt"
+        echo "tls-auth-clients ${REDIS_TLS_CLIENTS:-optional}"
+    fi
+} > "$auth_file"
 exec redis-server "$auth_file" "$@"

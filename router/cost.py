@@ -1,0 +1,249 @@
+"""What it costs to serve a prompt at each worker, in seconds: the one place where the terms are computed.
+
+Works on columns, a number for each worker, so that 500 workers take hardly longer than 8. Knows no clock and no live
+state. Invariant: a worker's cost depends on its own row alone, but for the source of a pull.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
+
+from kvstore.block import WorkerId
+
+Floats = NDArray[np.float64]
+Plan = Literal["recompute", "wait", "load", "pull"]
+PLANS: tuple[Plan, ...] = ("recompute", "wait", "load", "pull")
+_WAIT, _LOAD, _PULL = 1, 2, 3
+
+BEHIND = 3.0
+"""A second that requests behind this one are kept waiting costs more than itself: some go elsewhere for it, compute
+anew what they would have found, and keep others waiting there. From replays of two traces: 1 finds fewer cached tokens
+at no gain in time, 2 to 3 are alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What placement needs of a request. `tie_key` is equal for requests that should meet on an idle fleet.
+
+    `ttft_s` is the time to first token that its tenant shall get; 0 for none.
+    """
+
+    num_tokens: int
+    max_tokens: int
+    tie_key: bytes
+    ttft_s: float = 0.0
+
+    @property
+    def num_positions(self) -> int:
+        """Most positions the request can fill; its last token is never computed."""
+        return self.num_tokens + self.max_tokens - 1
+
+
+@dataclass(frozen=True, slots=True)
+class PullRates:
+    """What blocks of a peer cost: `start_s` once, `s_per_token` for each, times one more for each pull there is."""
+
+    start_s: float
+    s_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The cost of one worker, in seconds. The first four are the time to first token, the others what others lose.
+
+    `queue_s`: prefill ahead of the request. `slot_s`: until a sequence ends where all slots are taken. `step_s`: the
+    running step, which it waits out. `plan_s`: of the cheapest plan. `decode_s`: put on the decodes that run there,
+    summed. `behind_s`: put on requests that will come to queue behind it. `eviction_s`: to compute again what it
+    evicts. `expected_cached` is `cached_tokens` times how far such predictions of this worker came true.
+    """
+
+    worker: WorkerId
+    plan: Plan
+    cached_tokens: int
+    expected_cached: float
+    uncached_tokens: int
+    queue_s: float
+    slot_s: float
+    step_s: float
+    plan_s: float
+    decode_s: float
+    behind_s: float
+    eviction_s: float
+
+    @property
+    def ttft_s(self) -> float:
+        """Predicted time to the first token."""
+        return self.queue_s + self.slot_s + self.step_s + self.plan_s
+
+    @property
+    def total_s(self) -> float:
+        """What is compared."""
+        return self.ttft_s + self.decode_s + self.behind_s + self.eviction_s
+
+
+@dataclass(slots=True)
+class Columns:
+    """What is believed of each worker whatever the prompt; rows are workers. See `placement.Candidate` for each."""
+
+    workers: tuple[WorkerId, ...]
+    name_hashes: NDArray[np.uint64]
+    queued: Floats
+    s_per_token: Floats
+    step_s: Floats
+    slot_s: Floats
+    running: Floats
+    free_tokens: Floats
+    reuse: Floats
+    load_share: Floats
+    confidence: Floats
+    arrivals_per_s: Floats
+    utilization: Floats
+
+    @staticmethod
+    def of(workers: Sequence[WorkerId]) -> Columns:
+        """Rows of zeros, and of full confidence, for these workers."""
+        hashes = np.array([xxh3_64_intdigest(worker.encode()) for worker in workers], dtype=np.uint64)
+        columns = Columns(tuple(workers), hashes, *(np.zeros(len(workers)) for _ in fields(Columns)[2:]))
+        columns.confidence[:] = 1.0
+        return columns
+
+
+@dataclass(slots=True)
+class Held:
+    """Prompt tokens by worker, each a prefix: on its device; on either tier; on its device or being computed.
+
+    None where no worker has more than on its device. `pulls` under way from each worker count where blocks can be
+    pulled. `length_factor`: how much longer than the average a token takes in prompts of this length.
+    """
+
+    device: Floats
+    tiers: Floats | None = None
+    computing: Floats | None = None
+    pull: PullRates | None = None
+    pulls: Floats | None = None
+    length_factor: float = 1.0
+
+
+@dataclass(slots=True)
+class Costs:
+    """All terms of all workers, as columns; those of `Terms`."""
+
+    workers: tuple[WorkerId, ...]
+    plan: NDArray[np.int8]
+    cached: Floats
+    expected: Floats
+    queue_s: Floats
+    slot_s: Floats
+    step_s: Floats
+    plan_s: Floats
+    decode_s: Floats
+    behind_s: Floats
+    eviction_s: Floats
+    ttft_s: Floats
+    total_s: Floats
+
+    def terms(self, row: int, num_tokens: int) -> Terms:
+        """One row as plain values."""
+        expected = float(self.expected[row])
+        return Terms(
+            self.workers[row],
+            PLANS[self.plan[row]],
+            int(self.cached[row]),
+            expected,
+            num_tokens - int(expected),
+            float(self.queue_s[row]),
+            float(self.slot_s[row]),
+            float(self.step_s[row]),
+            float(self.plan_s[row]),
+            float(self.decode_s[row]),
+            float(self.behind_s[row]),
+            float(self.eviction_s[row]),
+        )
+
+
+def cost(prompt: Prompt, rows: Columns, held: Held) -> Costs:
+    """Every term of every worker."""
+    s_per_token = rows.s_per_token
+    own_s_per_token = s_per_token if held.length_factor == 1.0 else s_per_token * held.length_factor
+    plan, cached, expected, plan_s = _plans(prompt, rows, held, own_s_per_token)
+    missing = prompt.num_tokens - expected
+    compute_s = missing * own_s_per_token
+    queue_s = rows.queued * s_per_token
+    slot_s, step_s = rows.slot_s.copy(), rows.step_s.copy()
+    ttft_s = queue_s + slot_s + step_s + plan_s
+    decode_s = compute_s * rows.running
+    # Requests that arrive while this one, what is ahead of it and they themselves keep the worker busy all come later
+    # by what it computes: so many they are, on average, in a queue with one server.
+    followers = (queue_s + plan_s) * rows.arrivals_per_s / (1.0 - rows.utilization)
+    behind_s = BEHIND * compute_s * followers
+    evicted = np.maximum(prompt.num_tokens - held.device - rows.free_tokens, 0.0)
+    eviction_s = evicted * s_per_token * rows.reuse
+    total_s = ttft_s + decode_s + behind_s + eviction_s
+    return Costs(
+        rows.workers,
+        plan,
+        cached,
+        expected,
+        queue_s,
+        slot_s,
+        step_s,
+        plan_s,
+        decode_s,
+        behind_s,
+        eviction_s,
+        ttft_s,
+        total_s,
+    )
+
+
+def _plans(
+    prompt: Prompt, rows: Columns, held: Held, s_per_token: Floats
+) -> tuple[NDArray[np.int8], Floats, Floats, Floats]:
+    """For each worker its cheapest plan, the prefix that is not computed, how much of it will be found, and seconds."""
+    cached = held.device
+    expected = cached * rows.confidence
+    plan_s = (prompt.num_tokens - expected) * s_per_token
+    plan = np.zeros(len(cached), np.int8)
+    device, found = cached, expected
+    options: list[tuple[int, Floats, Floats, Floats]] = []
+    if held.computing is not None:
+        # What is computed there is in its queue, so the wait for it is counted already.
+        waited = held.computing * rows.confidence
+        options.append((_WAIT, held.computing, waited, (prompt.num_tokens - waited) * s_per_token))
+    if held.tiers is not None:
+        tiers = held.tiers * rows.confidence
+        load_s = (tiers - found) * s_per_token * rows.load_share
+        options.append((_LOAD, held.tiers, tiers, load_s + (prompt.num_tokens - tiers) * s_per_token))
+    if held.pull is not None and device.any():
+        options.append(_pulled(prompt, held, held.pull, found, s_per_token))
+    for code, prefix, expects, seconds in options:
+        better = (prefix > cached) & (seconds < plan_s)
+        plan[better] = code
+        cached, expected = np.where(better, prefix, cached), np.where(better, expects, expected)
+        plan_s = np.where(better, seconds, plan_s)
+    return plan, cached, expected, plan_s
+
+
+def _pulled(
+    prompt: Prompt, held: Held, rates: PullRates, found: Floats, s_per_token: Floats
+) -> tuple[int, Floats, Floats, Floats]:
+    """The longest prefix that a peer has, from the one of those with the fewest pulls under way."""
+    longest = held.device.max()
+    pulls = 0.0 if held.pulls is None else held.pulls[held.device == longest].min()
+    seconds = rates.start_s + (longest - found) * rates.s_per_token * (1.0 + pulls)
+    prefix = np.full_like(held.device, longest)
+    return _PULL, prefix, prefix, seconds + (prompt.num_tokens - longest) * s_per_token
+
+
+def rendezvous(rows: Columns, among: NDArray[np.intp], key: bytes) -> int:
+    """The one of these rows with the highest hash of worker and key: for one key the same in every router."""
+    mixed = rows.name_hashes[among] ^ np.uint64(xxh3_64_intdigest(key))
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return int(among[(mixed ^ (mixed >> np.uint64(31))).argmax()])

@@ -1,0 +1,128 @@
+"""A decision from columns is the decision over all candidates, whatever happened before it, and builds none of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore.block import BlockKey
+from kvstore.events import CPU, BlocksStored
+from router.link_messages import AdmissionReport
+from router.member import Ask, Reservation
+from router.placement import Candidate, Prompt, place
+from tests.unit.router.conftest import Stage
+
+NAMES = ("a", "b", "c", "d", "e")
+
+acts = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ("reserve", "reserve", "start", "release", "load", "store", "store_cpu", "drain", "break", "new")
+        ),
+        st.integers(0, 4),
+        st.integers(0, 9),
+    ),
+    max_size=40,
+)
+
+
+def prompt_keys(family: int, count: int) -> list[BlockKey]:
+    """Prompts of one family share their first three blocks."""
+    return [
+        BlockKey(bytes([block * 7 % 256]) + f"{family % 3 if block < 3 else family}/{block}".encode())
+        for block in range(count)
+    ]
+
+
+def act(stage: Stage, held: list[Reservation], what: str, which: int, number: int) -> None:
+    worker, keys = NAMES[which], prompt_keys(number, 4 + number)
+    match what:
+        case "reserve":
+            answer = stage.fleet.reserve(Ask(Prompt(16 * len(keys) + 5, 16, keys[3]), keys))
+            if isinstance(answer, Reservation):
+                held.append(answer)
+        case "start" if held:
+            held[number % len(held)].started(AdmissionReport(cached_device=16 * (number % 3)))
+        case "release" if held:
+            held.pop(number % len(held)).release()
+        case "load":
+            rate = 0.0 if number == 9 else 5000.0 * (1 + number)
+            stage.link(worker).say_load(
+                running=number,
+                queued_tokens=300 * number,
+                free_blocks=number,
+                step_ms=number,
+                prefill_tokens_per_s=rate,
+            )
+        case "store":
+            stage.store(worker, keys)
+        case "store_cpu":
+            stage.index.apply(worker, 1, [BlocksStored(list(keys), CPU)])
+        case "drain":
+            stage.link(worker).say_load(draining=number % 2 == 0)
+        case "break":
+            stage.link(worker).break_off() if number % 2 else stage.link(worker).come_up()
+        case "new":
+            stage.mirror.say(stage.lease(worker, epoch=stage.fleet.epoch_of(worker) + 1))
+            stage.link(worker).come_up()
+    stage.now += number / 7
+
+
+@given(acts, st.integers(0, 9), st.sampled_from([(), ("a", 1)]), st.sampled_from([None, "b"]))
+@settings(deadline=None, max_examples=150)
+def test_a_decision_is_the_one_over_all_candidates(
+    done: list[tuple[str, int, int]], family: int, avoid: tuple[Any, ...], only: Any
+) -> None:
+    async def check() -> None:
+        stage = Stage()
+        await stage.fleet.start()
+        stage.add(*NAMES)
+        held: list[Reservation] = []
+        for what, which, number in done:
+            act(stage, held, what, which, number)
+        keys = prompt_keys(family, 12)
+        ask = Ask(Prompt(12 * 16 + 3, 16, keys[3]), keys, avoid=frozenset([avoid]) if avoid else frozenset(), only=only)
+        factor = stage.fleet._board.lengths.factor(ask.prompt.num_tokens)
+        exhaustive = place(ask.prompt, stage.fleet.candidates(ask), length_factor=factor)
+        decided = stage.fleet.explain(ask)
+        assert decided == exhaustive
+        assert decided.terms == exhaustive.terms
+        for reservation in held:
+            reservation.release()
+        assert stage.fleet.num_reserved == 0
+        assert all(view.queued_tokens >= 0 for view in stage.fleet.workers())
+        await stage.fleet.stop()
+
+    asyncio.run(check())
+
+
+@pytest.mark.asyncio
+async def test_a_decision_looks_at_holders_and_builds_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done for each worker is done in columns: no object, no look at a member that did not change."""
+    made = Stage()
+    await made.fleet.start()
+    names = [f"w{number:03}" for number in range(200)]
+    made.add(*names)
+    keys = prompt_keys(1, 8)
+    made.store(names[7], keys)
+    made.reserve(keys).release()
+    looks: list[str] = []
+    members = made.fleet._members
+    for kind, name in ((Candidate, "__init__"), (type(members["w000"]), "standing")):
+        original = getattr(kind, name)
+
+        def counted(self: Any, *told: Any, _original: Callable[..., Any] = original, **more: Any) -> Any:
+            looks.append(type(self).__name__)
+            return _original(self, *told, **more)
+
+        monkeypatch.setattr(kind, name, counted)
+    assert made.reserve(keys, num_tokens=130).worker == names[7]
+    assert made.reserve(keys, num_tokens=130).worker == names[7]
+    assert len(looks) <= 4 and "Candidate" not in looks
+    assert len(made.fleet.candidates(made.ask(keys))) == 200
+    await made.fleet.stop()

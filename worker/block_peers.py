@@ -1,0 +1,228 @@
+"""Both ends of `FetchBlocks`: KV of a prompt's head from a worker that has it, in parts, with checksums and a deadline.
+
+Knows the wire, the mover's payloads, and the engine as a thread to call into. Invariant: whatever goes wrong, a request
+that waits for blocks goes to the engine once, and what did not come is computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import grpc
+import xxhash
+
+from kvstore.exchange import Export, Import
+from pando.errors import InvalidRequest
+from pando.worker.v1 import worker_pb2 as pb
+from pando.worker.v1 import worker_pb2_grpc
+from worker.engine import Engine, EngineStopped
+from worker.link_messages import PullOrder, export_order, regions_message
+from worker.offload import Offload
+from worker.sequence import SequenceRequest
+
+logger = logging.getLogger(__name__)
+
+PART_BYTES = 1024 * 1024
+MAX_PAYLOAD_BYTES = 1024 * 1024 * 1024
+POLL_S = 0.002
+EXPORT_TIMEOUT_S = 10.0
+
+_CHANNEL_OPTIONS = (("grpc.max_receive_message_length", 2 * PART_BYTES),)
+
+T = TypeVar("T")
+
+
+class PeerRefused(Exception):
+    """The other end cannot give blocks, or sent what cannot be used. The text is fixed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A request whose blocks are on their way."""
+
+    request: SequenceRequest
+    task: asyncio.Task[None]
+
+
+class BlockPeers:
+    """One worker's exchange of blocks with others, over the CPU tier of each. For the loop of the link's server."""
+
+    def __init__(self, engine: Engine, offload: Offload, *, epoch: int, key_fingerprint: str, token: str) -> None:
+        self._engine = engine
+        self._offload = offload
+        self._epoch = epoch
+        self._fingerprint = key_fingerprint
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._waiting: dict[int, _Waiting] = {}
+
+    # In
+
+    def submit(self, request: SequenceRequest, order: PullOrder) -> None:
+        """Give a request to the engine when the blocks have come, or the order's time is over."""
+        waiting = _Waiting(request, asyncio.create_task(self._pull_and_submit(request, order)))
+        for engine_id in _ids(request):
+            self._waiting[engine_id] = waiting
+
+    def hurry(self, engine_id: int) -> None:
+        """What this sequence waits for is wanted no more: its request goes to the engine now. Else nothing happens."""
+        waiting = self._waiting.get(engine_id)
+        if waiting is not None:
+            self._leave(waiting.request)
+            waiting.task.cancel()
+            self._engine.submit(waiting.request)
+
+    async def stop(self) -> None:
+        """End what waits, and the connections."""
+        tasks = {waiting.task for waiting in self._waiting.values()}
+        self._waiting.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def _pull_and_submit(self, request: SequenceRequest, order: PullOrder) -> None:
+        pulled = range(0)
+        try:
+            pulled = await self._pull(request, order)
+        except EngineStopped:
+            pass
+        except Exception:  # the request goes on, whatever a peer sends
+            logger.exception("a pull of blocks failed")
+        if request.sequence_id in self._waiting:
+            self._leave(request)
+            self._engine.submit(replace(request, pulled=pulled))
+
+    async def _pull(self, request: SequenceRequest, order: PullOrder) -> range:
+        """The positions that have come."""
+        size, mover = self._offload.tiers.device.block_size, self._offload.mover
+        most = min(order.num_blocks, (len(request.token_ids) - 1) // size)
+        arriving = Import(request.regions, request.token_ids, most)
+        written = 0
+        try:
+            await self._call(lambda: self._offload.begin_import(arriving))
+            if arriving.rows:
+                async with asyncio.timeout(order.timeout_s), aclosing(self._payloads(arriving, order)) as payloads:
+                    async for payload in payloads:
+                        if not await asyncio.wrap_future(mover.write(arriving.rows[written], payload)):
+                            raise PeerRefused("a payload of another size")
+                        written += 1
+        except (TimeoutError, grpc.RpcError, PeerRefused) as error:
+            logger.info("of %d blocks %d came from %s: %s", len(arriving.rows), written, order.address, _cause(error))
+        finally:
+            self._engine.call(lambda: self._end_import(arriving, written))
+        return range(arriving.first * size, (arriving.first + written) * size)
+
+    def _end_import(self, arriving: Import, written: int) -> None:
+        self._offload.exchange.arrived(arriving, written)
+        self._offload.exchange.end_import(arriving)
+
+    async def _payloads(self, arriving: Import, order: PullOrder) -> AsyncGenerator[bytes, None]:
+        """The blocks in order, each whole and with its checksum."""
+        stub = worker_pb2_grpc.WorkerLinkStub(self._channel(order.address))
+        call = stub.FetchBlocks(
+            pb.FetchBlocksRequest(
+                epoch=order.epoch,
+                key_fingerprint=self._fingerprint,
+                payload_format=self._offload.mover.payload_format,
+                regions=regions_message(arriving.regions),
+                token_ids=arriving.token_ids,
+                first=arriving.first,
+                count=len(arriving.rows),
+            ),
+            metadata=self._metadata,
+            timeout=order.timeout_s,
+        )
+        try:
+            parts: list[bytes] = []
+            index = arriving.first
+            async for chunk in call:
+                parts.append(chunk.payload)
+                if chunk.index != index or sum(map(len, parts)) > MAX_PAYLOAD_BYTES:
+                    raise PeerRefused("blocks out of order or without end")
+                if not chunk.HasField("checksum"):
+                    continue
+                payload = b"".join(parts)
+                if xxhash.xxh3_64_intdigest(payload) != chunk.checksum or index == arriving.first + len(arriving.rows):
+                    raise PeerRefused("a payload that is not the one that was sent")
+                yield payload
+                parts.clear()
+                index += 1
+        finally:
+            call.cancel()
+
+    def _leave(self, request: SequenceRequest) -> None:
+        for engine_id in _ids(request):
+            self._waiting.pop(engine_id, None)
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        return channel
+
+    # Out
+
+    async def chunks(self, request: pb.FetchBlocksRequest, vocab_size: int) -> AsyncGenerator[pb.BlockChunk, None]:
+        """What this worker has of what is asked for. Raises `PeerRefused`, and `EngineStopped` at the end."""
+        export = self._checked(request, vocab_size)
+        exchange = self._offload.exchange
+        sent = 0
+        try:
+            async with asyncio.timeout(EXPORT_TIMEOUT_S):
+                await self._call(lambda: exchange.begin_export(export))
+                while sent < len(export.rows) or not export.ready:
+                    for row in export.rows[sent:]:
+                        payload = await asyncio.to_thread(self._offload.mover.read, row)
+                        if payload is None:
+                            return
+                        for chunk in _parts(export.first + sent, payload):
+                            yield chunk
+                        sent += 1
+                    if not export.ready:
+                        await asyncio.sleep(POLL_S)
+                        await self._call(lambda: exchange.advance(export))
+        except TimeoutError:
+            return
+        finally:
+            self._engine.call(lambda: exchange.end_export(export))
+
+    def _checked(self, request: pb.FetchBlocksRequest, vocab_size: int) -> Export:
+        if request.epoch != self._epoch:
+            raise PeerRefused("another epoch of this worker")
+        if request.key_fingerprint != self._fingerprint:
+            raise PeerRefused("another key fingerprint")
+        if request.payload_format != self._offload.mover.payload_format:
+            raise PeerRefused("another payload format")
+        try:
+            return export_order(request, vocab_size)
+        except InvalidRequest as error:
+            raise PeerRefused("the request makes no sense") from error
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        """On the engine's thread, between two steps."""
+        return await asyncio.wrap_future(self._engine.call(work))
+
+
+def _parts(index: int, payload: bytes) -> list[pb.BlockChunk]:
+    parts = [
+        pb.BlockChunk(index=index, payload=payload[at : at + PART_BYTES]) for at in range(0, len(payload), PART_BYTES)
+    ]
+    parts[-1].checksum = xxhash.xxh3_64_intdigest(payload)
+    return parts
+
+
+def _ids(request: SequenceRequest) -> list[int]:
+    return [request.sequence_id, *(fork.sequence_id for fork in request.forks)]
+
+
+def _cause(error: Any) -> str:
+    if isinstance(error, grpc.RpcError):
+        return str(error.code().name)
+    return str(error) or type(error).__name__

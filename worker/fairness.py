@@ -1,0 +1,106 @@
+"""The queue of a worker: who of the waiting goes next, so that owners are served in proportion to their weights.
+
+Knows tokens and weights, no blocks and no time. Invariant: an owner that comes back from idleness brings no credit with
+it, so the service of two owners that both have something waiting differs by their weights and a bounded rest.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator
+from heapq import heapify, heappop, heapreplace
+
+from kvstore.scope import ScopeRoot
+from worker.sequence import Sequence
+
+PROMPT_TOKEN = 1.0
+GENERATED_TOKEN = 2.0
+"""Service, in units of a computed prompt token. A generated one takes a pass over the weights of its own."""
+
+
+class _Owner:
+    """`service` is what it had, over its weight; `active` counts its sequences, `waiting` holds those in the queue."""
+
+    __slots__ = ("active", "service", "waiting", "weight")
+
+    def __init__(self) -> None:
+        self.active = 0
+        self.service = 0.0
+        self.waiting: list[Sequence] = []  # by Sequence.order
+        self.weight = 1
+
+
+class FairQueue:
+    """Waiting sequences of all owners. Priority orders those of one owner; between owners only service counts."""
+
+    def __init__(self) -> None:
+        self._owners: dict[ScopeRoot, _Owner] = {}
+        self._waiting = 0
+        self._passed = 0.0  # the least service of those active, when last anyone came or went
+
+    def __len__(self) -> int:
+        return self._waiting
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """The waiting, least served owners first. What was yielded may be removed and its owner served meanwhile."""
+        heap = [
+            (owner.service, owner.waiting[0].arrival, owner, owner.waiting[0])
+            for owner in self._owners.values()
+            if owner.waiting
+        ]
+        heapify(heap)
+        while heap:
+            _, _, owner, sequence = heap[0]
+            yield sequence
+            at = bisect_right(owner.waiting, sequence.order, key=_order)
+            if at < len(owner.waiting):
+                heapreplace(heap, (owner.service, owner.waiting[at].arrival, owner, owner.waiting[at]))
+            else:
+                heappop(heap)
+
+    def enter(self, sequence: Sequence) -> None:
+        """A sequence is here, waiting or running, until it `leave`s."""
+        owner = self._owners.setdefault(sequence.request.owner, _Owner())
+        if not owner.active:
+            owner.service = max(owner.service, self._least())
+        owner.active += 1
+        owner.weight = sequence.request.weight
+
+    def leave(self, sequence: Sequence) -> None:
+        """It has ended."""
+        owner = self._owners[sequence.request.owner]
+        owner.active -= 1
+        if not owner.active:
+            self._passed = max(self._passed, owner.service)
+            del self._owners[sequence.request.owner]
+
+    def add(self, sequence: Sequence) -> None:
+        """It waits from now on."""
+        insort(self._owners[sequence.request.owner].waiting, sequence, key=_order)
+        self._waiting += 1
+
+    def remove(self, sequence: Sequence) -> None:
+        """It waits no more; nothing happens if it did not."""
+        waiting = self._owners[sequence.request.owner].waiting
+        at = bisect_left(waiting, sequence.order, key=_order)
+        if at < len(waiting) and waiting[at] is sequence:
+            del waiting[at]
+            self._waiting -= 1
+
+    def serve(self, sequence: Sequence, *, prompt_tokens: int = 0, generated_tokens: int = 0) -> None:
+        """Book what was computed for it."""
+        owner = self._owners[sequence.request.owner]
+        service = PROMPT_TOKEN * prompt_tokens + GENERATED_TOKEN * generated_tokens
+        owner.service += service / owner.weight
+
+    def clear(self) -> None:
+        """Forget everyone."""
+        self._owners.clear()
+        self._waiting = 0
+
+    def _least(self) -> float:
+        return min((owner.service for owner in self._owners.values() if owner.active), default=self._passed)
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order
