@@ -22,26 +22,27 @@ class DecodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class WideConfig:
-    """Query rows of a program, keys a step of its loop takes, the fewest keys worth a program of their own, and for how
-    many of its programs a multiprocessor has room: one alone leaves the matrix unit idle half the time."""
+    """Query rows of a program, keys a step of its loop takes, and the fewest keys worth a program of their own."""
 
     rows: int = 64
     tile: int = 64
     num_warps: int = 4
     num_stages: int = 3
     shortest: int = 256
-    resident: int = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """What decides whether a shared prefix is read once or by each of its queries."""
+    """What decides whether a shared prefix is read once or by each of its queries, and how ranges are cut."""
 
     multiprocessors: int = 132
     memory_bytes: float = 2.9e6  # read in a microsecond
     cache_bytes: float = 5.5e6  # read in a microsecond where they fit `cache_size`
     cache_size: int = 30 << 20
     operations: float = 2.5e8  # of matrix products in a microsecond, as attention reaches
+    alone_keys: float = 27.0  # that a program of 64 rows takes in a microsecond, alone on a multiprocessor,
+    paired_keys: float = 35.0  # and each of two
+    decode_keys: float = 60.0  # that all decode programs of a multiprocessor take
     launch: float = 12.0  # microseconds that sharing costs a layer at least: two launches more, and waiting for both
 
 

@@ -13,6 +13,7 @@ A wide item is 12 numbers:    first and count of `tokens`, table row, start, end
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -49,19 +50,26 @@ def work_list(step: Step, num_heads: int, window: int | None, sinks: int, tuning
     rows = _rows(step, nodes, group, tuning)
     prompts = [_prompt(step, int(i), window, sinks, rows // group) for i in np.flatnonzero(step.query_lens > 1)]
     spans, tokens = _with_nodes(step, prompts, nodes, members, rows // group)
-    wide = _wide_pieces(spans, step.num_kv_heads, tuning)
+    covered = _covered(step, nodes, members)
+    beside = int((step.context_lens[members] - np.maximum(covered, step.seen(window).first[members])).sum())
+    wide = _wide_pieces(spans, beside, step.num_kv_heads, tuning)
     wide_tokens, wide_slots = _filled(wide, tokens)
-    decode = _decode_pieces(step, members, _covered(step, nodes, members), (window, sinks), tuning)
-    return _assembled(decode, (wide, tokens, rows), (wide_tokens, wide_slots))
+    decode = _decode_pieces(step, members, covered, (window, sinks), tuning)
+    return _assembled(step, decode, (wide, tokens, rows), (wide_tokens, wide_slots))
 
 
 def _check_holes(step: Step, window: int | None, sinks: int) -> None:
-    column, seen, holes = np.arange(step.block_tables.shape[1])[None, :], step.seen(window), step.block_tables < 0
-    read = column < -(-seen.end // step.block_size)[:, None]
-    if window is not None:
-        read &= column >= (seen.first // step.block_size)[:, None]
+    holes, seen = step.block_tables < 0, step.seen(window)
+    if not holes.any():
+        return
+    column, end = np.arange(holes.shape[1])[None, :], -(-seen.end // step.block_size)
+    if window is None:
+        bad = (np.where(holes.any(1), holes.argmax(1), holes.shape[1]) < end).any()
+    else:
+        read = (column < end[:, None]) & (column >= (seen.first // step.block_size)[:, None])
         read |= column < -(-step.seen_sinks(window, sinks).end // step.block_size)[:, None]
-    if (holes & read).any():
+        bad = (holes & read).any()
+    if bad:
         raise ValueError("a block table has a hole where it is read")
 
 
@@ -132,13 +140,14 @@ def _with_nodes(
     return np.concatenate(spans), np.concatenate(tokens)
 
 
-def _wide_pieces(spans: Ints, num_kv_heads: int, tuning: Tuning) -> Ints:
-    """Cut long ranges where processors would be idle; long pieces first. Assigns slots."""
+def _wide_pieces(spans: Ints, beside: int, num_kv_heads: int, tuning: Tuning) -> Ints:
+    """Cut long ranges where processors would be idle; long pieces first. Assigns slots. Meanwhile so many keys are
+    read by decode items."""
     if not len(spans):
         return spans
     tile = tuning.wide.tile
     length = spans[:, END] - spans[:, START]
-    most = _cuts(len(spans) * num_kv_heads, float(length.mean()), tuning)
+    most = _cuts(len(spans) * num_kv_heads, float(length.mean()), beside * num_kv_heads, tuning)
     spans[:, FULL] = spans[:, START] + (spans[:, FULL] - spans[:, START]) // tile * tile
     size = _even(length, np.clip(-(-length // tuning.wide.shortest), 1, most), tile)
     owner, number = _expanded(-(-length // size))
@@ -152,14 +161,20 @@ def _wide_pieces(spans: Ints, num_kv_heads: int, tuning: Tuning) -> Ints:
     return pieces[np.argsort(pieces[:, START] - pieces[:, END], kind="stable")]
 
 
-def _cuts(programs: int, length: float, tuning: Tuning) -> int:
-    """Into how many pieces it is best to cut so many programs of about one length, counted in keys: the processors
-    take them in rounds, and every piece leaves a part to be written and read."""
-    room = tuning.processor.multiprocessors * tuning.wide.resident
-    most = max(1, min(-(-2 * room // programs), int(length) // tuning.wide.shortest))
-    costs = {cuts: -(-programs * cuts // room) * (length / cuts + PART_KEYS) for cuts in range(2, most + 1)}
-    costs[1] = -(-programs // room) * length
-    return min(sorted(costs), key=lambda cuts: costs[cuts])
+def _cuts(programs: int, length: float, beside: int, tuning: Tuning) -> int:
+    """Into how many pieces it is best to cut so many programs of about one length, counted in keys. With one program a
+    multiprocessor decode items run beside; two are faster together, and decode items wait for them."""
+    processor = tuning.processor
+    decoding = beside / processor.multiprocessors / processor.decode_keys
+
+    def cost(cuts: int) -> float:
+        keys, count = length / cuts + (PART_KEYS if cuts > 1 else 0), programs * cuts
+        if count <= processor.multiprocessors:
+            return max(keys / processor.alone_keys, decoding)
+        return -(-count // (2 * processor.multiprocessors)) * keys / processor.paired_keys + decoding
+
+    most = max(1, min(-(-4 * processor.multiprocessors // programs), int(length) // tuning.wide.shortest))
+    return min(range(1, most + 1), key=cost)
 
 
 def _filled(wide: Ints, tokens: Ints) -> tuple[Ints, Ints]:
@@ -208,32 +223,47 @@ def _decode_size(length: Ints, num_kv_heads: int, tuning: Tuning) -> int:
     config = tuning.decode
     if not len(length):
         return config.shortest
-    longest = max(int(length.max()), config.shortest)
-    sizes = np.unique(np.geomspace(config.shortest, longest, SIZES_TRIED).astype(np.int64) // config.tile * config.tile)
-    sizes = np.maximum(sizes, config.tile)
+    sizes = _sizes(config.tile, config.shortest, 1 << int(length.max()).bit_length())
     programs = (-(-length[None, :] // sizes[:, None])).sum(1) * num_kv_heads
     rounds = -(-programs // (tuning.processor.multiprocessors * config.resident))
     return int(sizes[np.argmin(rounds * (sizes + PIECE_KEYS))])
 
 
-def _assembled(decode: Ints, wide: tuple[Ints, Ints, int], filled: tuple[Ints, Ints]) -> WorkList:
+@cache
+def _sizes(tile: int, shortest: int, longest: int) -> Ints:
+    """Sizes worth trying, in whole tiles."""
+    sizes = np.geomspace(shortest, max(longest, shortest + 1), SIZES_TRIED).astype(np.int64) // tile * tile
+    return np.unique(np.maximum(sizes, tile))
+
+
+def _assembled(step: Step, decode: Ints, wide: tuple[Ints, Ints, int], filled: tuple[Ints, Ints]) -> WorkList:
     """Give decode items their slots, and every token with several parts the list of them."""
     items, tokens, rows = wide
     wide_tokens, wide_slots = filled
-    several = np.bincount(decode[:, 0])[decode[:, 0]] > 1 if len(decode) else np.zeros(0, dtype=np.bool_)
-    several |= np.isin(decode[:, 0], wide_tokens)
+    num_tokens = step.num_tokens
+    by_wide = np.bincount(wide_tokens, minlength=num_tokens)
+    by_decode = np.bincount(decode[:, 0], minlength=num_tokens)
+    total = (by_wide + by_decode) * ((by_wide + by_decode > 1) | (by_wide > 0))
+    first = np.cumsum(total) - total
+    part_slots = np.zeros(int(total.sum()), dtype=np.int64)
+    order = np.argsort(wide_tokens, kind="stable")
+    part_slots[_ranked(wide_tokens[order], first)] = wide_slots[order]
+    owners = decode[:, 0]
+    several = total[owners] > 0
     decode[:, 4] = np.where(several, len(wide_slots) + np.cumsum(several) - 1, 0)
-    owners = np.concatenate((wide_tokens, decode[several, 0]))
-    slots = np.concatenate((wide_slots, decode[several, 4]))
-    order = np.argsort(owners, kind="stable")
-    part_slots, (unique, first, count) = slots[order], np.unique(owners[order], return_index=True, return_counts=True)
-    apart = np.isin(unique, wide_tokens)
-    merges = np.stack((unique[apart], first[apart], count[apart]), axis=1)
-    decode[:, 7] = 1
-    if several.any():
-        at = np.searchsorted(unique, decode[several, 0])
-        decode[several, 6], decode[several, 7] = first[at], np.where(apart[at], 0, count[at])
-    return WorkList(decode, items, tokens, part_slots, merges, len(slots), rows)
+    decode[:, 6] = np.where(several, first[owners], 0)
+    decode[:, 7] = np.where(several, total[owners] * (by_wide[owners] == 0), 1)
+    part_slots[_ranked(owners[several], first + by_wide)] = decode[several, 4]
+    apart = np.flatnonzero(by_wide)
+    merges = np.stack((apart, first[apart], total[apart]), axis=1)
+    return WorkList(decode, items, tokens, part_slots, merges, len(part_slots), rows)
+
+
+def _ranked(owners: Ints, first: Ints) -> Ints:
+    """`first[owner]`, and one more for each of that owner's before: owners are in order."""
+    new = np.flatnonzero(np.diff(owners, prepend=-1))
+    rank = np.arange(len(owners)) - np.repeat(new, np.diff(np.append(new, len(owners))))
+    return first[owners] + rank
 
 
 def _even(length: Ints, pieces: Ints, tile: int) -> Ints:

@@ -38,23 +38,29 @@ def check(case: Case, dtype: torch.dtype, **options: object) -> None:
     torch.testing.assert_close(result, problem.expected(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Every other shape of heads and blocks is another build of each kernel, and a build takes seconds.
+PLAIN = [case for case in CASES if case.heads == (4, 2, 16) and case.block_size == 8]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, torch.bfloat16) for case in CASES] + [(case, t) for case in PLAIN for t in (torch.float16, torch.float32)],
+    ids=str,
+)
 def test_attention(case: Case, dtype: torch.dtype) -> None:
     problem = make_problem(case, dtype, "cuda")
     result = problem.run().cpu().double()
     torch.testing.assert_close(result, problem.expected(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_attention_in_many_pieces(case: Case) -> None:
-    check(case, torch.float16, tuned=EAGER)
+    check(case, torch.bfloat16, tuned=EAGER)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", REAL, ids=str)
-def test_attention_of_real_size(case: Case, dtype: torch.dtype) -> None:
-    check(case, dtype)
+def test_attention_of_real_size(case: Case) -> None:
+    check(case, torch.bfloat16)
 
 
 @pytest.mark.parametrize("case", [case for case in (*CASES, *REAL) if max(case.shared)], ids=str)
