@@ -15,6 +15,9 @@ import numpy.typing as npt
 from kernels.configs import Tuning
 from kernels.step import Ints
 
+# Compared at once to begin with, and more where these are equal.
+FEW_COLUMNS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Node:
@@ -46,39 +49,41 @@ def shared_nodes(tables: npt.NDArray[np.int32], lengths: Ints, shape: Shape, tun
     A node is worth it where the model says so, and all together must save more than the launch they need. What a
     node that is not would have read is left to those below it.
     """
-    if len(tables) < 2 or len(np.unique(tables[:, 0])) == len(tables):
-        return []
-    order, common = _sorted_rows(tables, lengths)
     chosen: list[Node] = []
     saved = 0.0
-    pending = [(0, len(order), 0)]
+    pending = [(rows, 0, 0) for rows in _alike(tables, np.arange(len(tables)), lengths, 0)]
     while pending:
-        low, high, first = pending.pop()
-        end = int(common[low + 1 : high].min())
-        cuts = (np.flatnonzero(common[low + 1 : high] == end) + low + 1).tolist()
-        if end > first:
-            gain = _gain(high - low, end - first, shape, tuning)
-            if gain > 0 or tuning.share:
-                chosen.append(Node(np.sort(order[low:high]), first, end))
-                saved, first = saved + gain, end
-        edges = [low, *cuts, high]
-        pending += [(a, b, first) for a, b in pairwise(edges) if b - a > 1]
+        rows, first, known = pending.pop()
+        end = _common(tables, rows, int(lengths[rows].min()), known)
+        gain = _gain(len(rows), end - first, shape, tuning)
+        if gain > 0 or tuning.share:
+            chosen.append(Node(rows, first, end))
+            saved, first = saved + gain, end
+        pending += [(below, first, end) for below in _alike(tables, rows, lengths, end)]
     return chosen if saved > tuning.processor.launch or tuning.share else []
 
 
-def _sorted_rows(tables: npt.NDArray[np.int32], lengths: Ints) -> tuple[Ints, Ints]:
-    """An order that puts rows with a common beginning together, and how many blocks each has in common with the row
-    before it (0 for the first)."""
-    width = max(1, int(lengths.max()))
-    rows = np.array(tables[:, :width], dtype=np.int32)
-    # What may not be shared is made unlike everything else.
-    own, column = np.nonzero(np.arange(width)[None, :] >= lengths[:, None])
-    rows[own, column] = -2 - own
-    order = np.argsort(rows.astype(">i4").view(f"V{4 * width}").ravel(), kind="stable")
-    rows = rows[order]
-    differs = rows[1:] != rows[:-1]
-    common = np.where(differs.any(1), differs.argmax(1), width)
-    return order, np.concatenate(([0], common))
+def _alike(tables: npt.NDArray[np.int32], rows: Ints, lengths: Ints, column: int) -> list[Ints]:
+    """Those of the rows that have the same block in a column, where it may be shared: groups of two or more."""
+    rows = rows[lengths[rows] > column]
+    if len(rows) < 2:
+        return []
+    blocks = tables[rows, column]
+    order = np.argsort(blocks, kind="stable")
+    edges = [0, *(np.flatnonzero(np.diff(blocks[order])) + 1).tolist(), len(rows)]
+    return [rows[order[a:b]] for a, b in pairwise(edges) if b - a > 1]
+
+
+def _common(tables: npt.NDArray[np.int32], rows: Ints, most: int, known: int) -> int:
+    """How many first blocks the rows have in common, at most `most`; they are known to have the first `known`."""
+    width = FEW_COLUMNS
+    while known < most:
+        stop = min(known + width, most)
+        equal = (tables[rows, known:stop] == tables[rows[0], known:stop]).all(0)
+        if not equal.all():
+            return known + int(equal.argmin())
+        known, width = stop, 4 * width
+    return known
 
 
 def _gain(num_rows: int, num_blocks: int, shape: Shape, tuning: Tuning) -> float:

@@ -47,6 +47,8 @@ def work_list(step: Step, num_heads: int, window: int | None, sinks: int, tuning
     group = num_heads // step.num_kv_heads
     members = np.flatnonzero(step.query_lens == 1)
     nodes = _nodes(step, members, num_heads, tuning) if window is None and tuning.share is not False else []
+    if not nodes and len(members) == len(step.query_lens):
+        return _decode_only(_decode_pieces(step, members, np.zeros_like(members), (window, sinks), tuning))
     rows = _rows(step, nodes, group, tuning)
     prompts = [_prompt(step, int(i), window, sinks, rows // group) for i in np.flatnonzero(step.query_lens > 1)]
     spans, tokens = _with_nodes(step, prompts, nodes, members, rows // group)
@@ -234,6 +236,18 @@ def _sizes(tile: int, shortest: int, longest: int) -> Ints:
     """Sizes worth trying, in whole tiles."""
     sizes = np.geomspace(shortest, max(longest, shortest + 1), SIZES_TRIED).astype(np.int64) // tile * tile
     return np.unique(np.maximum(sizes, tile))
+
+
+def _decode_only(decode: Ints) -> WorkList:
+    """As `_assembled`, where every part is a decode item's."""
+    token, none = decode[:, 0], np.zeros(0, dtype=np.int64)
+    count = np.bincount(token)
+    several = count[token] > 1
+    slots = np.arange(np.count_nonzero(several))
+    decode[several, 4] = slots
+    decode[several, 6] = (np.cumsum(np.where(count > 1, count, 0)) - count)[token[several]]
+    decode[:, 7] = count[token]
+    return WorkList(decode, none.reshape(0, 12), none, slots, none.reshape(0, 3), len(slots), 0)
 
 
 def _assembled(step: Step, decode: Ints, wide: tuple[Ints, Ints, int], filled: tuple[Ints, Ints]) -> WorkList:
