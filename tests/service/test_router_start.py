@@ -63,13 +63,11 @@ def ready(process: subprocess.Popen[str]) -> dict[str, str]:
 
 def ended(process: subprocess.Popen[str]) -> str:
     """The one line of a router that could not start."""
-    began = time.monotonic()
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=30)
     assert process.returncode == 2, (process.returncode, err)
     assert out == ""
     lines = [line for line in err.splitlines() if "WARNING" not in line]
     assert len(lines) == 1 and lines[0].startswith("pando router: "), err
-    assert time.monotonic() - began < 12
     return lines[0]
 
 
