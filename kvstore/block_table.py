@@ -120,7 +120,7 @@ class BlockTable:
         if part is None or not self._pool.may_acquire((part.source,)):
             return 0
         self._pool.acquire((part.source,), hit=True)
-        blocks = self._pool.allocate(1, self._regions[-1].root, alone=self._is_alone)
+        blocks = self._pool.allocate(1, self._regions[-1].root, alone=self.is_alone)
         if blocks is None:
             self._pool.release((part.source,))
             return 0
@@ -213,7 +213,7 @@ class BlockTable:
         """Grow to cover `num_tokens` positions; False and no change if the pool has too few blocks for us."""
         missing = -(-num_tokens // self._pool.block_size) - len(self.block_ids)
         if missing > 0:
-            blocks = self._pool.allocate(missing, self._regions[-1].root, alone=self._is_alone)
+            blocks = self._pool.allocate(missing, self._regions[-1].root, alone=self.is_alone)
             if blocks is None:
                 return False
             self._hold(blocks)
@@ -235,7 +235,7 @@ class BlockTable:
             return True
         if start < self._chain.index * size:
             raise BrokenInvariant("sealed positions are never written again")
-        blocks = pool.allocate(len(shared), self._regions[-1].root, alone=self._is_alone)
+        blocks = pool.allocate(len(shared), self._regions[-1].root, alone=self.is_alone)
         if blocks is None:
             return False
         for index, block in zip(shared, blocks, strict=True):
@@ -391,5 +391,6 @@ class BlockTable:
         self.block_ids.extend(blocks)
 
     @property
-    def _is_alone(self) -> bool:
+    def is_alone(self) -> bool:
+        """Whether no other sequence holds blocks."""
         return self._pool.num_holders == bool(self.block_ids)

@@ -12,6 +12,7 @@ content has changed since the order.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -230,15 +231,18 @@ class Tiers:
 
     # CPU to device
 
-    def attach_prefix(self, table: BlockTable, token_ids: array[int], limit: int) -> Attached:
+    def attach_prefix(
+        self, table: BlockTable, token_ids: array[int], limit: int, *, has_room: Callable[[], bool] = lambda: True
+    ) -> Attached:
         """As `BlockTable.attach_prefix` over both tiers, `table.pending` included.
 
         With a `load` the sequence waits until it is `done`; then `num_loaded` tokens more are in the table's blocks.
+        None is begun unless there is room for all that comes behind what the table then holds.
         """
         num_tokens = table.attach_blocks(token_ids, limit)
         if table.watch(token_ids) is not None:
             return Attached(num_tokens)
-        load = self._load(table, token_ids, num_tokens, limit)
+        load = self._load(table, token_ids, num_tokens, limit) if has_room() else None
         if load is None:
             num_tokens += table.attach_part(num_tokens, limit)
         return Attached(num_tokens, load)
