@@ -110,6 +110,7 @@ class Tiers:
         self.cpu = cpu
         self.rates = rates
         self.counts = TierCounts()
+        self.num_purges = 0
         self._max_demotions = max_demotions
         self._last_id = 0
         self._demotions: dict[int, _Demotion] = {}
@@ -304,10 +305,10 @@ class Tiers:
         self.counts.void += not valid
         self.counts.promoted += ok and valid
         self.device.release((order.target,))
-        self.cpu.release((order.source,))
         if valid and not ok:
             self.counts.corrupt += 1
             self.cpu.drop((order.source,))
+        self.cpu.release((order.source,))  # last: it may evict the source
         if load.waiting:
             return None
         if load.table.life == load.life:
@@ -340,6 +341,7 @@ class Tiers:
 
     def purge(self, root: ScopeRoot) -> Purged:
         """Forget all that the owner of `root` is charged for in both tiers, and what hangs below."""
+        self.num_purges += 1
         before = self.device.num_sealed + self.cpu.num_sealed
         held = self.device.purge(root).held + self.cpu.purge(root).held
         return Purged(before - self.device.num_sealed - self.cpu.num_sealed - held, held)
@@ -373,16 +375,11 @@ class Tiers:
 
     def _device_forgot(self, key: BlockKey, number: int) -> None:
         """Without a copy the content is gone, and nobody can find what hangs below it in the CPU tier."""
-        if not self.cpu.contents.holds(key, number):
-            self._drop_below(number)
+        if not self.cpu.contents.holds(key, number) and (below := self.cpu.contents.children.of(number)):
+            self.cpu.drop(below)
 
     def _cpu_forgot(self, key: BlockKey, number: int) -> None:
         self._checksums.pop(number, None)
-
-    def _drop_below(self, number: int) -> None:
-        children = self.cpu.contents.children.of(number)
-        if children:
-            self.cpu.drop(children)
 
 
 def cpu_pool(device: BlockPool, num_blocks: int, *, policy: str = "slru", wipe: bool = True) -> BlockPool:
