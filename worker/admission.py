@@ -55,7 +55,7 @@ class Admission:
         """Find the cached prefix and take blocks for the rest, beside what runs. On False nothing is held, unless the
         sequence has to wait for a load into blocks of its own."""
         alone = not running
-        if not alone and self._blocked == (sequence.id, self._pool.num_available):
+        if not alone and sequence.load is None and self._blocked == (sequence.id, self._pool.num_available):
             return False
         if sequence.table is None and not self._find_prefix(sequence, running):
             return False
