@@ -56,6 +56,7 @@ class BlockPool:
         self.key_bits = key_bits
         self.reuse = reuse
         self.tier = tier
+        self.policy = policy
         self.evictions = 0
         self.numbers = numbers if numbers is not None else counting(1)
         self.contents = Contents(num_blocks, self.numbers)

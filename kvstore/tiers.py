@@ -382,14 +382,14 @@ class Tiers:
         self._checksums.pop(number, None)
 
 
-def cpu_pool(device: BlockPool, num_blocks: int, *, policy: str = "slru", wipe: bool = True) -> BlockPool:
-    """A pool for copies of the device pool's blocks."""
+def cpu_pool(device: BlockPool, num_blocks: int, *, wipe: bool = True) -> BlockPool:
+    """A pool for copies of the device pool's blocks, under the same policy."""
     return BlockPool(
         num_blocks,
         device.block_size,
         key_bits=device.key_bits,
         reuse=device.reuse,
-        policy=policy,
+        policy=device.policy,
         tier=CPU,
         wipe=wipe,
         numbers=device.numbers,

@@ -86,6 +86,13 @@ async def test_a_head_comes_from_the_peer_and_is_not_computed(start: Start) -> N
         assert again == expected and at_other.admissions[2].cached_device_tokens >= 20 * SIZE
 
 
+@pytest.mark.parametrize("policy", ["slru", "fifo"])
+async def test_both_tiers_evict_as_the_settings_say(start: Start, policy: str) -> None:
+    start(eviction=policy)
+    tiers = start.processes[0]._engine._store  # type: ignore[attr-defined]
+    assert (tiers.device.policy, tiers.cpu.policy) == (policy, policy)
+
+
 async def test_only_what_is_missing_is_fetched(start: Start) -> None:
     one, other = start(), start()
     tokens = prompt(20 * SIZE + 5)
