@@ -74,14 +74,15 @@ class BlockTable:
         return num_tokens
 
     def attach_blocks(self, token_ids: array[int], limit: int, *, hit: bool = True) -> int:
-        """As `attach_prefix`, in full blocks only: nothing to copy and nothing to wait for. `hit`: it counts as use."""
+        """As `attach_prefix`, in full blocks only: nothing to copy and nothing to wait for. `hit`: for a sequence, and
+        so it counts as use; what nobody else uses it may use, as `allocate` lets it."""
         if self.block_ids:
             raise BrokenInvariant("a prefix can be attached to an empty table only")
         pool = self._pool
         if not pool.reuse:
             return 0
         found, published = self._find_blocks(token_bytes(token_ids), min(limit, len(token_ids)))
-        if found and not pool.may_acquire(found):
+        if found and not (hit and self.is_alone) and not pool.may_acquire(found):
             self._chain.restart()
             self._tip = NO_BLOCK
             return 0

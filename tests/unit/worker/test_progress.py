@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from kvstore.quota import Quota
 from kvstore.scope import ScopeRoot
 from worker.holdings import OwnerQuota
@@ -37,14 +39,13 @@ def test_a_loaded_sequence_that_waits_does_not_keep_another_from_its_end(world: 
     fleet.assert_nothing_held()
 
 
-def test_blocks_cover_what_is_found_when_a_part_is_dropped(world: MakeWorld) -> None:
-    """Twelve blocks are more than floors leave; the copy of a part takes one away, and without it eleven are found."""
-    fleet = world(num_blocks=14, num_cpu_blocks=12, max_batch_tokens=3)
-    quota = OwnerQuota(Quota(ceiling=12))
-    fleet.tokens(prompt(48), quota=quota, max_tokens=1)
+@pytest.mark.parametrize("num_cpu_blocks", [0, 12])
+def test_who_is_alone_finds_all_that_is_cached(world: MakeWorld, num_cpu_blocks: int) -> None:
+    """Though it is more than floors leave to one who is not: else it is computed anew, or loaded anew for ever."""
+    fleet = world(num_blocks=14, num_cpu_blocks=num_cpu_blocks, max_batch_tokens=16)
+    fleet.tokens(prompt(48), max_tokens=1)
     fleet.holdings.admit(ABSENT, (), OwnerQuota(Quota(floor=3)))
-    again = fleet.submit(prompt(48) + prompt(7, seed=1), quota=quota, max_tokens=1)
+    again = fleet.submit([*prompt(48), *prompt(5, seed=1)], max_tokens=1)
     fleet.run(500)
-    assert fleet.results[again].finish is Finish.LENGTH
-    assert max(len(share.block_ids) for batch in fleet.batches for share in batch.sequences) == 14
+    assert fleet.results[again].outputs[0].admission.cached_device_tokens == 48
     fleet.assert_nothing_held()
