@@ -164,6 +164,9 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(refused))
         except EngineStopped:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker stops")
+        except Exception:  # the containment of an export, as of a session
+            logger.exception("an export of blocks failed")
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error")
 
     async def Purge(self, request: pb.PurgeRequest, context: Context) -> pb.PurgeResponse:
         try:

@@ -198,6 +198,22 @@ async def test_a_purge_ends_those_whose_blocks_are_on_their_way(start: Start) ->
         assert 2 not in at_other.ends
 
 
+async def test_a_defect_here_is_not_told_to_a_peer(start: Start) -> None:
+    def read(block_id: int) -> bytes:
+        raise RuntimeError("what nobody outside has to know")
+
+    one = start()
+    tokens = prompt(4 * SIZE)
+    async with session(one, start) as at_one:
+        await run(at_one, 1, tokens)
+    start.processes[0]._runner.mover.read = read  # type: ignore[attr-defined]
+    async with grpc.aio.insecure_channel(one.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await fetched(worker_pb2_grpc.WorkerLinkStub(channel), request(one, fingerprint_of(start), tokens))
+    assert failed.value.code() is grpc.StatusCode.INTERNAL
+    assert failed.value.details() == "internal error"
+
+
 async def test_a_drain_waits_for_no_blocks(start: Start) -> None:
     other = start()
     async with silent() as address, session(other, start) as at_other:
