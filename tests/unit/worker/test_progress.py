@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from kvstore.quota import Quota
-from kvstore.scope import ScopeRoot
-from worker.holdings import OwnerQuota
+from kvstore.scope import Region, ScopeRoot
+from worker.holdings import OwnerQuota, PinRequest
 from worker.sequence import Finish
 
 MakeWorld = Callable[..., Any]
@@ -49,3 +50,43 @@ def test_who_is_alone_finds_all_that_is_cached(world: MakeWorld, num_cpu_blocks:
     fleet.run(500)
     assert fleet.results[again].outputs[0].admission.cached_device_tokens == 48
     fleet.assert_nothing_held()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_work_under_floors_ends_and_is_right(world: MakeWorld, seed: int) -> None:
+    """Over two tiers: what is not stored, keys that collide, priorities, forks, pins and purges."""
+    rng = random.Random(seed)
+    fleet = world(
+        num_blocks=rng.choice((14, 20)),
+        num_cpu_blocks=rng.choice((12, 64)),
+        max_batch_tokens=rng.choice((3, 8)),
+        max_sequences=rng.choice((2, 4)),
+        key_bits=rng.choice((6, 128)),
+    )
+    alone = world(num_blocks=256, max_batch_tokens=512, reuse=False)
+    fleet.prefill_tokens_per_s = 1.0
+    asked: dict[int, list[int]] = {}
+    for _ in range(80):
+        tokens = prompt(rng.choice((0, 8, 20, 36)), seed=rng.randrange(4)) + prompt(rng.randrange(1, 14), seed=9)
+        quota = OwnerQuota(Quota(rng.randrange(5), rng.choice((None, 6, 12)), 8), Quota(0, rng.choice((None, 4))))
+        how: dict[str, Any] = {"no_store": rng.random() < 0.3, "priority": rng.randrange(2)}
+        tenant, forks = rng.choice("abcd"), (1,) if rng.random() < 0.3 else ()
+        first = fleet.submit(tokens, tenant=tenant, max_tokens=6, quota=quota, fork_seeds=forks, **how)
+        asked |= {first + at: tokens for at in range(1 + len(forks))}
+        owner = ScopeRoot(tenant.encode().ljust(16, b"-"))
+        if rng.random() < 0.1:
+            fleet.holdings.pin(PinRequest("x", (Region(owner, None),), (), array("I", tokens), 0.05, quota), fleet.now)
+        elif rng.random() < 0.1:
+            fleet.scheduler.cancel_owners({owner})
+            fleet.holdings.purge([owner])
+        for _ in range(rng.randrange(4)):
+            fleet.holdings.expire(fleet.now)
+            fleet.step()
+        fleet.tiers.check(deep=True)
+    fleet.run(5000)
+    fleet.holdings.expire(fleet.now + 1.0)
+    fleet.assert_nothing_held()
+    for sequence, tokens in asked.items():
+        answer = fleet.results[sequence].token_ids
+        assert answer == alone.tokens(tokens, max_tokens=6)[: len(answer)]
+        assert fleet.results[sequence].finish in (Finish.LENGTH, Finish.CANCELLED)
