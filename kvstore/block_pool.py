@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count as counting
 
 from kvstore import audit
@@ -56,6 +56,7 @@ class BlockPool:
         self.key_bits = key_bits
         self.reuse = reuse
         self.tier = tier
+        self.policy = policy
         self.evictions = 0
         self.numbers = numbers if numbers is not None else counting(1)
         self.contents = Contents(num_blocks, self.numbers)
@@ -141,12 +142,17 @@ class BlockPool:
             self._trim()
         return blocks  # type: ignore[return-value]
 
+    def has_room(self, wanted: Mapping[ScopeRoot, int], *, alone: bool = False) -> bool:
+        """Whether `allocate` could give so many blocks more to each scope's owner; `alone`: nobody else holds any."""
+        if alone:
+            return sum(wanted.values()) <= self._num_unreferenced
+        return self._ledger.leaves_floors({self._ledger.account(root): count for root, count in wanted.items()})
+
     def may_acquire(self, blocks: Sequence[BlockId]) -> bool:
         """Whether holding these would leave others the room of their floors."""
-        if not self._ledger.unmet:
-            return True
-        wanted = Counter(owner for block in blocks if not self._references[block] and (owner := self._owners[block]))
-        return self._ledger.leaves_floors(wanted)
+        return not self._ledger.unmet or self._ledger.leaves_floors(
+            Counter(owner for block in blocks if not self._references[block] and (owner := self._owners[block]))
+        )
 
     def acquire(self, blocks: Sequence[BlockId], *, hit: bool = False) -> None:
         """One more reference on each of these blocks, which are held or sealed; `hit`: because they were looked for."""
@@ -245,17 +251,13 @@ class BlockPool:
 
     def drop(self, blocks: Sequence[int]) -> Purged:
         """Forget these sealed blocks and all below them; those in use stay with their holders, found by nobody."""
-        freed = held = 0
-        for block in reversed(self.contents.below(list(blocks))):
+        gone = self.contents.below(list(blocks))
+        held = sum(self._references[block] > 0 for block in gone)
+        for block in reversed(gone):
             self._order.erase(block)
-            if self._references[block]:
-                self._forget(block)
-                held += 1
-            else:
-                self._evict(block)
-                freed += 1
+            (self._forget if self._references[block] else self._evict)(block)
         self._trim()
-        return Purged(freed, held)
+        return Purged(len(gone) - held, held)
 
     def purge(self, root: ScopeRoot) -> Purged:
         """Forget every sealed block that the owner of `root` is charged for, and what hangs below."""

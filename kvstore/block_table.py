@@ -74,14 +74,15 @@ class BlockTable:
         return num_tokens
 
     def attach_blocks(self, token_ids: array[int], limit: int, *, hit: bool = True) -> int:
-        """As `attach_prefix`, in full blocks only: nothing to copy and nothing to wait for. `hit`: it counts as use."""
+        """As `attach_prefix`, in full blocks only: nothing to copy and nothing to wait for. `hit`: for a sequence, and
+        so it counts as use; what nobody else uses it may use, as `allocate` lets it."""
         if self.block_ids:
             raise BrokenInvariant("a prefix can be attached to an empty table only")
         pool = self._pool
         if not pool.reuse:
             return 0
         found, published = self._find_blocks(token_bytes(token_ids), min(limit, len(token_ids)))
-        if found and not pool.may_acquire(found):
+        if found and not (hit and self.is_alone) and not pool.may_acquire(found):
             self._chain.restart()
             self._tip = NO_BLOCK
             return 0
@@ -120,7 +121,7 @@ class BlockTable:
         if part is None or not self._pool.may_acquire((part.source,)):
             return 0
         self._pool.acquire((part.source,), hit=True)
-        blocks = self._pool.allocate(1, self._regions[-1].root, alone=self._is_alone)
+        blocks = self._pool.allocate(1, self._regions[-1].root, alone=self.is_alone)
         if blocks is None:
             self._pool.release((part.source,))
             return 0
@@ -213,7 +214,7 @@ class BlockTable:
         """Grow to cover `num_tokens` positions; False and no change if the pool has too few blocks for us."""
         missing = -(-num_tokens // self._pool.block_size) - len(self.block_ids)
         if missing > 0:
-            blocks = self._pool.allocate(missing, self._regions[-1].root, alone=self._is_alone)
+            blocks = self._pool.allocate(missing, self._regions[-1].root, alone=self.is_alone)
             if blocks is None:
                 return False
             self._hold(blocks)
@@ -235,7 +236,7 @@ class BlockTable:
             return True
         if start < self._chain.index * size:
             raise BrokenInvariant("sealed positions are never written again")
-        blocks = pool.allocate(len(shared), self._regions[-1].root, alone=self._is_alone)
+        blocks = pool.allocate(len(shared), self._regions[-1].root, alone=self.is_alone)
         if blocks is None:
             return False
         for index, block in zip(shared, blocks, strict=True):
@@ -391,5 +392,6 @@ class BlockTable:
         self.block_ids.extend(blocks)
 
     @property
-    def _is_alone(self) -> bool:
+    def is_alone(self) -> bool:
+        """Whether no other sequence holds blocks."""
         return self._pool.num_holders == bool(self.block_ids)

@@ -51,6 +51,8 @@ class Import:
     parent: tuple[BlockKey | None, int] = (None, NO_CONTENT)
     """Key and number of what the next one hangs below."""
     num_arrived: int = 0
+    num_purges: int = 0
+    """Of the tiers when it began: what was asked for before a purge is not taken in after it, whoever was purged."""
 
 
 class Exchange:
@@ -94,6 +96,7 @@ class Exchange:
 
     def begin_import(self, arriving: Import) -> None:
         """Make room for what comes behind what is here; no rows if there is none, or no need."""
+        arriving.num_purges = self._tiers.num_purges
         here = self._resident(arriving.regions, arriving.token_ids)
         chain = self._chain(arriving.regions)
         for content, _ in here:
@@ -111,7 +114,9 @@ class Exchange:
             chain.advance(key)
 
     def arrived(self, arriving: Import, count: int) -> bool:
-        """The next `count` rows are written; whether those behind them still have a place to go."""
+        """The next `count` rows are written; whether they, and those behind them, have a place to go."""
+        if arriving.num_purges != self._tiers.num_purges:
+            return False
         for _ in range(count):
             at = arriving.num_arrived
             parent_key, parent = arriving.parent

@@ -40,7 +40,7 @@ class Pins:
         It replaces an earlier pin of the name. What is not cached yet, or over the budget, is left out: pin again when
         it has been computed.
         """
-        self.unpin(name)
+        before = self._pins.pop(name, None)
         owner = self._pool.account(regions[0].root)
         room = _budget(owner) - self.num_pinned(regions[0].root)
         table = BlockTable(self._pool, regions, no_store=True)
@@ -48,6 +48,8 @@ class Pins:
         num_tokens = table.attach_blocks(token_ids, limit, hit=False) if limit > 0 else 0
         if limit == len(token_ids):
             num_tokens += table.attach_end(token_ids)
+        if before is not None:
+            self._give_back(before)  # held until now, or it might be evicted meanwhile
         if num_tokens:
             self._pool.num_holders -= 1  # a pin is no sequence: who runs beside it is alone
             self._pins[name] = _Pin(table, self._pool.account(regions[0].root), until)
@@ -58,8 +60,7 @@ class Pins:
         pin = self._pins.pop(name, None)
         if pin is None:
             return False
-        self._pool.num_holders += 1
-        pin.table.release()
+        self._give_back(pin)
         return True
 
     def expire(self, now: float) -> int:
@@ -90,6 +91,10 @@ class Pins:
         """Drop all pins of the owner of `root`; how many."""
         owner = self._pool.account(root)
         return sum(map(self.unpin, [name for name, pin in self._pins.items() if pin.owner is owner]))
+
+    def _give_back(self, pin: _Pin) -> None:
+        self._pool.num_holders += 1
+        pin.table.release()
 
 
 def _budget(owner: Owner) -> int:

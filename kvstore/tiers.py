@@ -12,6 +12,7 @@ content has changed since the order.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -109,6 +110,7 @@ class Tiers:
         self.cpu = cpu
         self.rates = rates
         self.counts = TierCounts()
+        self.num_purges = 0
         self._max_demotions = max_demotions
         self._last_id = 0
         self._demotions: dict[int, _Demotion] = {}
@@ -230,15 +232,18 @@ class Tiers:
 
     # CPU to device
 
-    def attach_prefix(self, table: BlockTable, token_ids: array[int], limit: int) -> Attached:
+    def attach_prefix(
+        self, table: BlockTable, token_ids: array[int], limit: int, *, has_room: Callable[[], bool] = lambda: True
+    ) -> Attached:
         """As `BlockTable.attach_prefix` over both tiers, `table.pending` included.
 
         With a `load` the sequence waits until it is `done`; then `num_loaded` tokens more are in the table's blocks.
+        None is begun unless there is room for all that comes behind what the table then holds.
         """
         num_tokens = table.attach_blocks(token_ids, limit)
         if table.watch(token_ids) is not None:
             return Attached(num_tokens)
-        load = self._load(table, token_ids, num_tokens, limit)
+        load = self._load(table, token_ids, num_tokens, limit) if has_room() else None
         if load is None:
             num_tokens += table.attach_part(num_tokens, limit)
         return Attached(num_tokens, load)
@@ -300,10 +305,10 @@ class Tiers:
         self.counts.void += not valid
         self.counts.promoted += ok and valid
         self.device.release((order.target,))
-        self.cpu.release((order.source,))
         if valid and not ok:
             self.counts.corrupt += 1
             self.cpu.drop((order.source,))
+        self.cpu.release((order.source,))  # last: it may evict the source
         if load.waiting:
             return None
         if load.table.life == load.life:
@@ -336,6 +341,7 @@ class Tiers:
 
     def purge(self, root: ScopeRoot) -> Purged:
         """Forget all that the owner of `root` is charged for in both tiers, and what hangs below."""
+        self.num_purges += 1
         before = self.device.num_sealed + self.cpu.num_sealed
         held = self.device.purge(root).held + self.cpu.purge(root).held
         return Purged(before - self.device.num_sealed - self.cpu.num_sealed - held, held)
@@ -369,26 +375,21 @@ class Tiers:
 
     def _device_forgot(self, key: BlockKey, number: int) -> None:
         """Without a copy the content is gone, and nobody can find what hangs below it in the CPU tier."""
-        if not self.cpu.contents.holds(key, number):
-            self._drop_below(number)
+        if not self.cpu.contents.holds(key, number) and (below := self.cpu.contents.children.of(number)):
+            self.cpu.drop(below)
 
     def _cpu_forgot(self, key: BlockKey, number: int) -> None:
         self._checksums.pop(number, None)
 
-    def _drop_below(self, number: int) -> None:
-        children = self.cpu.contents.children.of(number)
-        if children:
-            self.cpu.drop(children)
 
-
-def cpu_pool(device: BlockPool, num_blocks: int, *, policy: str = "slru", wipe: bool = True) -> BlockPool:
-    """A pool for copies of the device pool's blocks."""
+def cpu_pool(device: BlockPool, num_blocks: int, *, wipe: bool = True) -> BlockPool:
+    """A pool for copies of the device pool's blocks, under the same policy."""
     return BlockPool(
         num_blocks,
         device.block_size,
         key_bits=device.key_bits,
         reuse=device.reuse,
-        policy=policy,
+        policy=device.policy,
         tier=CPU,
         wipe=wipe,
         numbers=device.numbers,

@@ -6,10 +6,12 @@ one whose load is under way.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from kvstore.block_pool import BlockPool
 from kvstore.block_table import BlockTable
+from kvstore.scope import ScopeRoot
 from kvstore.tiers import Attached, Tiers
 from worker.holdings import Holdings
 from worker.sequence import AdmissionFacts, Sequence
@@ -53,15 +55,14 @@ class Admission:
         """Find the cached prefix and take blocks for the rest, beside what runs. On False nothing is held, unless the
         sequence has to wait for a load into blocks of its own."""
         alone = not running
-        if not alone and self._blocked == (sequence.id, self._pool.num_available):
+        if not alone and sequence.load is None and self._blocked == (sequence.id, self._pool.num_available):
             return False
-        if sequence.table is None and not self._find_prefix(sequence):
+        if sequence.table is None and not self._find_prefix(sequence, running):
             return False
         table = sequence.blocks
         if sequence.load is not None:
             sequence.num_computed_tokens += sequence.load.num_loaded
-        reach = self.reach(sequence, sequence.num_computed_tokens + self._limits.max_batch_tokens)
-        while not (self._has_room(sequence, running) and table.reserve(reach)):
+        while not (self._has_room(sequence, running) and table.reserve(self._first_reach(sequence))):
             if not alone or not (self._drop_part(sequence) or self._holdings.give_way()):
                 sequence.release()
                 self._blocked = (sequence.id, self._pool.num_available)
@@ -74,19 +75,22 @@ class Admission:
         self._blocked = None
         return True
 
-    def _find_prefix(self, sequence: Sequence) -> bool:
+    def _find_prefix(self, sequence: Sequence, running: list[Sequence]) -> bool:
         """Hold the cached prefix; False if the sequence has to wait, for another one or for a load."""
         table = BlockTable(self._pool, sequence.request.regions, no_store=sequence.request.no_store)
         limit = len(sequence.token_ids) - 1
+        sequence.table = table
         if self._tiers is None:
             found = Attached(table.attach_prefix(sequence.token_ids, limit))
         else:
-            found = self._tiers.attach_prefix(table, sequence.token_ids, limit)
+            found = self._tiers.attach_prefix(
+                table, sequence.token_ids, limit, has_room=lambda: self._has_room(sequence, running)
+            )
         sequence.wait = table.pending
         if sequence.wait is not None:
-            table.release()
+            sequence.release()
             return False
-        sequence.table, sequence.load = table, found.load
+        sequence.load = found.load
         sequence.num_computed_tokens = found.num_tokens
         return not sequence.must_wait()
 
@@ -126,11 +130,18 @@ class Admission:
         at_once = self._limits.window is None and self._tiers is None
         return num_tokens if at_once else min(num_tokens, end)
 
+    def _first_reach(self, sequence: Sequence) -> int:
+        return self.reach(sequence, sequence.num_computed_tokens + self._limits.max_batch_tokens)
+
     def _has_room(self, sequence: Sequence, running: list[Sequence]) -> bool:
-        """Whether there will be blocks for all its tokens, where it does not get them at once."""
+        """Whether there will be blocks for all its tokens and for those of all that run, where they do not get them at
+        once: by what floors leave, as others who hold blocks meanwhile keep them."""
         if self._tiers is None or self._limits.window is not None:
             return True
-        return self._missing(sequence) + sum(map(self._missing, running)) <= self._pool.num_available
+        wanted = Counter[ScopeRoot]()
+        for one in (sequence, *running):
+            wanted[one.request.owner] += self._missing(one)
+        return self._pool.has_room(wanted, alone=sequence.blocks.is_alone)
 
     def _missing(self, sequence: Sequence) -> int:
         return -(-len(sequence.token_ids) // self._pool.block_size) - len(sequence.blocks.block_ids)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Container
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ import grpc
 import xxhash
 
 from kvstore.exchange import Export, Import
+from kvstore.scope import ScopeRoot
 from pando.errors import InvalidRequest
 from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
@@ -77,6 +78,13 @@ class BlockPeers:
             waiting.task.cancel()
             self._engine.submit(waiting.request)
 
+    def hurry_all(self, owners: Container[ScopeRoot] | None = None) -> None:
+        """The same for every request that waits, or for those of these owners."""
+        waiting = {one.request.sequence_id: one.request for one in self._waiting.values()}
+        for engine_id, request in waiting.items():
+            if owners is None or request.owner in owners:
+                self.hurry(engine_id)
+
     async def stop(self) -> None:
         """End what waits, and the connections."""
         tasks = {waiting.task for waiting in self._waiting.values()}
@@ -106,7 +114,7 @@ class BlockPeers:
         arriving = Import(request.regions, request.token_ids, most)
         written = 0
         try:
-            await self._call(lambda: self._offload.begin_import(arriving))
+            await self._call(lambda: self._begin_import(request, arriving))
             if arriving.rows:
                 async with asyncio.timeout(order.timeout_s), aclosing(self._payloads(arriving, order)) as payloads:
                     async for payload in payloads:
@@ -118,6 +126,10 @@ class BlockPeers:
         finally:
             self._engine.call(lambda: self._end_import(arriving, written))
         return range(arriving.first * size, (arriving.first + written) * size)
+
+    def _begin_import(self, request: SequenceRequest, arriving: Import) -> None:
+        self._engine.admit(request)
+        self._offload.begin_import(arriving)
 
     def _end_import(self, arriving: Import, written: int) -> None:
         self._offload.exchange.arrived(arriving, written)

@@ -83,6 +83,11 @@ class CpuTier:
         self._thread = threading.Thread(target=self._serve, name="cpu-tier", daemon=True)
         self._thread.start()
 
+    @property
+    def largest_error(self) -> float:
+        """Of a block, relative; see `error`."""
+        return self.error.max_relative
+
     def start(self, transfers: Sequence[Transfer]) -> None:
         """Begin these copies, in order. A DEMOTE reads what the steps launched so far write."""
         after = torch.cuda.current_stream(self._device).record_event() if self._streams else None

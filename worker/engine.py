@@ -250,6 +250,10 @@ class Engine:
         self._load_at = now
         return self.load()
 
+    def admit(self, request: SequenceRequest) -> None:
+        """Say who pays for a request's blocks, before the first is taken; engine thread only."""
+        self._holdings.admit(request.owner, request.publishers, request.quota)
+
     def load(self) -> Load:
         """The worker's load now; engine thread only."""
         return Load(
@@ -277,7 +281,7 @@ class Engine:
     def _take(self, work: _Work) -> None:
         match work:
             case SequenceRequest():
-                self._holdings.admit(work.owner, work.publishers, work.quota)
+                self.admit(work)
                 self._scheduler.submit(work, self.clock())
             case _Cancel():
                 self._scheduler.cancel(work.sequence_id)

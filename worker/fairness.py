@@ -1,7 +1,7 @@
 """The queue of a worker: who of the waiting goes next, so that owners are served in proportion to their weights.
 
 Knows tokens and weights, no blocks and no time. Invariant: an owner that comes back from idleness brings no credit with
-it, so the service of two owners that both have something waiting differs by their weights and a bounded rest.
+it and loses no debt, so the service of two owners differs by their weights and a bounded rest while both want any.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class FairQueue:
     def __init__(self) -> None:
         self._owners: dict[ScopeRoot, _Owner] = {}
         self._waiting = 0
-        self._passed = 0.0  # the least service of those active, when last anyone came or went
+        self._num_active = 0  # of the owners; the others have had more than who had least, when last anyone came
+        self._passed = 0.0  # the most service that anyone had, when last nobody was active
 
     def __len__(self) -> int:
         return self._waiting
@@ -62,7 +63,11 @@ class FairQueue:
         """A sequence is here, waiting or running, until it `leave`s."""
         owner = self._owners.setdefault(sequence.request.owner, _Owner())
         if not owner.active:
-            owner.service = max(owner.service, self._least())
+            least = self._least()
+            self._owners = {root: one for root, one in self._owners.items() if one.active or one.service > least}
+            self._owners[sequence.request.owner] = owner
+            owner.service = max(owner.service, least)
+            self._num_active += 1
         owner.active += 1
         owner.weight = sequence.request.weight
 
@@ -70,9 +75,10 @@ class FairQueue:
         """It has ended."""
         owner = self._owners[sequence.request.owner]
         owner.active -= 1
-        if not owner.active:
-            self._passed = max(self._passed, owner.service)
-            del self._owners[sequence.request.owner]
+        self._num_active -= not owner.active
+        if not self._num_active:
+            self._passed = max(one.service for one in self._owners.values())
+            self._owners.clear()
 
     def add(self, sequence: Sequence) -> None:
         """It waits from now on."""
@@ -96,7 +102,7 @@ class FairQueue:
     def clear(self) -> None:
         """Forget everyone."""
         self._owners.clear()
-        self._waiting = 0
+        self._waiting = self._num_active = 0
 
     def _least(self) -> float:
         return min((owner.service for owner in self._owners.values() if owner.active), default=self._passed)

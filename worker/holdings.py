@@ -87,7 +87,10 @@ class Holdings:
         if quota is not None and quota != known:
             self._quotas[owner] = quota
             self._grant(owner, quota)
-            self.has_floors = any(one.device.floor for one in self._quotas.values())
+            self._look_for_floors()
+
+    def _look_for_floors(self) -> None:
+        self.has_floors = any(one.device.floor for one in self._quotas.values())
 
     def _grant(self, owner: ScopeRoot, quota: OwnerQuota) -> None:
         try:
@@ -131,5 +134,6 @@ class Holdings:
                 for pool in self._pools:
                     pool.set_quota(root, None)
             held += (self._tiers or self._pools[0]).purge(root).held
+        self._look_for_floors()
         forgotten = [count - pool.num_sealed for count, pool in zip(before, self._pools, strict=True)]
         return PurgeCount(forgotten[0], sum(forgotten[1:]), held)

@@ -16,6 +16,7 @@ from kvstore.block_pool import BlockPool
 from kvstore.tiers import TierCounts
 from worker.batch import Batch
 from worker.engine import Load, OnStep, StepReport
+from worker.runner import BlockMover
 from worker.sequence import AdmissionFacts, SequenceOutput
 
 _STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -77,6 +78,11 @@ class StepMetrics:
     def watch(self, tier: str, pool: BlockPool) -> None:
         """Tell what a pool counts, whenever the metrics are read."""
         self._pools[tier] = pool
+
+    def watch_error(self, mover: BlockMover) -> None:
+        """Tell how far from what they were blocks come back from the CPU tier, whenever the metrics are read."""
+        text = "Largest difference of a KV block that came back from the CPU tier, relative to its norm"
+        self._gauge("kv_cpu_error_ratio", text).set_function(lambda: mover.largest_error)
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         """What the watched pools counted since the start."""

@@ -125,13 +125,14 @@ class WorkerProcess:
         self._runner = _load_runner(settings)
         spec = self._runner.spec
         epoch = _take_epoch(self._bulk, settings)
-        pool = BlockPool(spec.num_blocks, spec.block_size, reuse=settings.prefix_cache == "on")
+        pool = _pool(settings, spec)
         metrics = StepMetrics(self._on_step, model=spec.name, worker=settings.worker_id)
         offload = _offload(self._runner, pool)
         tiers = offload.tiers if offload is not None else None
         metrics.watch("device", pool)
-        if tiers is not None:
-            metrics.watch("cpu", tiers.cpu)
+        if offload is not None:
+            metrics.watch("cpu", offload.tiers.cpu)
+            metrics.watch_error(offload.mover)
         holdings = Holdings(pool, tiers)
         limits = _limits(settings, spec)
         self._engine = Engine(
@@ -250,6 +251,11 @@ def _load_runner(settings: WorkerSettings) -> Runner:
     from worker.model_runner import load_model_runner
 
     return load_model_runner(settings)
+
+
+def _pool(settings: WorkerSettings, spec: ModelSpec) -> BlockPool:
+    reuse = settings.prefix_cache == "on"
+    return BlockPool(spec.num_blocks, spec.block_size, reuse=reuse, policy=settings.eviction)
 
 
 def _offload(runner: Runner, pool: BlockPool) -> Offload | None:

@@ -34,6 +34,11 @@ class BlockMover(Protocol):
     payload_format: str
     """What a payload's bytes mean, but for the model: workers with the same name may exchange payloads."""
 
+    @property
+    def largest_error(self) -> float:
+        """How much a block has come back wrong, of those looked at: the norm of the difference over its own norm."""
+        ...
+
     def read(self, block_id: int) -> bytes | None:
         """The payload of a CPU block that is held, None if it is not what was demoted. From any thread."""
         ...

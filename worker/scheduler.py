@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Set
+from itertools import chain
 
 from kvstore.block_pool import BlockPool
 from kvstore.scope import ScopeRoot
@@ -38,6 +39,7 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         self._queue = FairQueue()
         self._running: list[Sequence] = []  # by Sequence.order
+        self._loading: dict[int, Sequence] = {}  # of the waiting: those that blocks are loaded for
         self._deadlines: list[tuple[float, int]] = []
         self._outputs: list[SequenceOutput] = []
         self._arrivals = 0
@@ -241,35 +243,38 @@ class Scheduler:
     def _admissions(self, now: float) -> Iterator[Sequence]:
         """Admit from the queue, in its order, what gets blocks for all its tokens, so that it can finish its prompt.
 
-        Those that wait for another sequence are passed by, and those that find they have to. Behind one that does not
-        fit go only those that take what is their own, and those that hold blocks already, loaded for them.
+        Those that wait for another sequence are passed by, and those that find they have to. First go those whose load
+        is done: what they hold they use or give up, so that nobody who runs is short of it for long. Behind one that
+        does not fit go only those that take what is their own.
         """
-        blocked = given_up = False
-        loading = 0
-        for sequence in self._queue:
+        blocked = False
+        self._loading = {one.id: one for one in self._loading.values() if one.load is not None}
+        loaded = [one for one in self._loading.values() if not one.must_wait()]
+        loading = len(self._loading) - len(loaded)
+        for sequence in chain(loaded, self._queue):
             if len(self._running) + loading >= self._limits.max_sequences:
                 return
             holds, is_new = sequence.load is not None, sequence.admission is None
             if sequence.must_wait():
-                loading += holds
-            elif blocked and not holds and not self._admission.is_within_floor(sequence):
                 continue
-            elif self._admission.attach(sequence, now, self._running):
+            if blocked and not holds and not self._admission.is_within_floor(sequence):
+                continue
+            if self._admission.attach(sequence, now, self._running):
                 self._queue.remove(sequence)
                 if is_new:
                     self._queue.serve(sequence, prompt_tokens=sequence.num_uncomputed_tokens)
                 sequence.state = State.RUNNING
                 insort(self._running, sequence, key=_order)
                 yield sequence
-            elif sequence.must_wait():
-                loading += sequence.load is not None
+            elif sequence.load is not None:
+                self._loading[sequence.id] = sequence
+                loading += 1
+            elif sequence.must_wait() or holds:
+                continue
             elif self._admission.is_strict:
                 return
             else:
                 blocked = True
-                given_up |= holds
-        if given_up and not self._running:
-            yield from self._admissions(now)
 
     # Ends
 

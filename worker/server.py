@@ -166,10 +166,16 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(refused))
         except EngineStopped:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker stops")
+        except Exception:  # the containment of an export, as of a session
+            logger.exception("an export of blocks failed")
+            await context.abort(grpc.StatusCode.INTERNAL, "internal error")
 
     async def Purge(self, request: pb.PurgeRequest, context: Context) -> pb.PurgeResponse:
         try:
-            count = await asyncio.wrap_future(self._engine.purge(purge_roots(request)))
+            roots = purge_roots(request)
+            if self._peers is not None:
+                self._peers.hurry_all(roots)  # the engine ends what it has
+            count = await asyncio.wrap_future(self._engine.purge(roots))
         except InvalidRequest:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a scope root has 16 bytes")
         except EngineStopped:
@@ -179,6 +185,8 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
     async def drain(self, timeout_s: float | None) -> tuple[int, int]:
         """Take no more requests and wait for the running ones; how many finished and how many were cancelled."""
         self._draining = True
+        if self._peers is not None:
+            self._peers.hurry_all()  # what was taken before goes on
         self._engine.drain()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         present = len(self._origins)

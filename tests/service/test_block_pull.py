@@ -21,7 +21,7 @@ from worker.process import WorkerProcess, WorkerReady
 
 pytestmark = pytest.mark.asyncio
 
-OTHER = b"o" * 16
+OTHER, SHARED, PUBLISHER = (name * 16 for name in (b"o", b"s", b"p"))
 SIZE = 16
 Start = Callable[..., WorkerReady]
 
@@ -84,6 +84,13 @@ async def test_a_head_comes_from_the_peer_and_is_not_computed(start: Start) -> N
         assert (admission.cached_remote_tokens, admission.cached_cpu_tokens) == (20 * SIZE, 0)
         again = await run(at_other, 2, tokens)
         assert again == expected and at_other.admissions[2].cached_device_tokens >= 20 * SIZE
+
+
+@pytest.mark.parametrize("policy", ["slru", "fifo"])
+async def test_both_tiers_evict_as_the_settings_say(start: Start, policy: str) -> None:
+    start(eviction=policy)
+    tiers = start.processes[0]._engine._store  # type: ignore[attr-defined]
+    assert (tiers.device.policy, tiers.cpu.policy) == (policy, policy)
 
 
 async def test_only_what_is_missing_is_fetched(start: Start) -> None:
@@ -158,6 +165,74 @@ async def test_a_request_may_be_cancelled_while_its_blocks_come(start: Start) ->
         await at_other.ended(2)
         assert at_other.ends[2].finish == pb.FINISH_LENGTH
         assert start.processes[1]._engine._store.cpu.num_referenced == 0  # type: ignore[attr-defined]
+
+
+async def test_a_head_that_was_fetched_is_its_publishers(start: Start) -> None:
+    """Also where it comes before anything else of that publisher: its purge finds it."""
+    one, other = start(), start()
+    tokens = prompt(10 * SIZE + 5)
+    regions = [pb.Region(scope_root=SHARED, end=6 * SIZE, owner=PUBLISHER), pb.Region(scope_root=ROOT)]
+    async with session(one, start) as at_one, session(other, start) as at_other:
+        expected = await run(at_one, 1, tokens, regions=regions)
+        assert await run(at_other, 1, tokens, regions=regions, pull=pull(one, 10)) == expected
+        assert at_other.admissions[1].cached_remote_tokens == 10 * SIZE
+        assert start.processes[1]._engine._store.cpu.account(PUBLISHER).charge == 6  # type: ignore[attr-defined]
+        answer = await purge(other, PUBLISHER, SHARED)
+        assert (answer.cpu_blocks, answer.remaining) == (10, 0)
+        assert await run(at_other, 2, tokens, regions=regions) == expected
+        assert at_other.admissions[2].cached_device_tokens + at_other.admissions[2].cached_cpu_tokens == 0
+
+
+async def test_a_purge_ends_those_whose_blocks_are_on_their_way(start: Start) -> None:
+    other = start()
+    async with silent() as address, session(other, start) as at_other:
+        order = pull(other, 10, timeout_ms=20_000)
+        order.address = address
+        for number, root in ((1, ROOT), (2, OTHER)):
+            regions = [pb.Region(scope_root=root)]
+            await at_other.submit(number, prompt(10 * SIZE + 5, seed=number), pull=order, regions=regions)
+        await asyncio.sleep(0.2)
+        await purge(other, ROOT)
+        await at_other.ended(1)
+        assert (at_other.ends[1].finish, at_other.ends[1].reason) == (pb.FINISH_CANCELLED, "PURGED")
+        assert 2 not in at_other.ends
+
+
+async def test_a_defect_here_is_not_told_to_a_peer(start: Start) -> None:
+    def read(block_id: int) -> bytes:
+        raise RuntimeError("what nobody outside has to know")
+
+    one = start()
+    tokens = prompt(4 * SIZE)
+    async with session(one, start) as at_one:
+        await run(at_one, 1, tokens)
+    start.processes[0]._runner.mover.read = read  # type: ignore[attr-defined]
+    async with grpc.aio.insecure_channel(one.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await fetched(worker_pb2_grpc.WorkerLinkStub(channel), request(one, fingerprint_of(start), tokens))
+    assert failed.value.code() is grpc.StatusCode.INTERNAL
+    assert failed.value.details() == "internal error"
+
+
+async def test_a_drain_waits_for_no_blocks(start: Start) -> None:
+    other = start()
+    async with silent() as address, session(other, start) as at_other:
+        order = pull(other, 10, timeout_ms=20_000)
+        order.address = address
+        await at_other.submit(1, prompt(10 * SIZE + 5), pull=order)
+        await asyncio.sleep(0.2)
+        async with grpc.aio.insecure_channel(other.address) as channel:
+            stub = worker_pb2_grpc.WorkerLinkStub(channel)
+            drained = await stub.Drain(pb.DrainRequest(epoch=other.epoch, deadline_ms=10_000), timeout=15)
+        await at_other.ended(1)
+        assert (drained.finished, at_other.ends[1].finish) == (1, pb.FINISH_LENGTH)
+
+
+async def purge(ready: WorkerReady, *roots: bytes) -> pb.PurgeResponse:
+    async with grpc.aio.insecure_channel(ready.address) as channel:
+        answer = await worker_pb2_grpc.WorkerLinkStub(channel).Purge(pb.PurgeRequest(roots=roots), timeout=5)
+        assert isinstance(answer, pb.PurgeResponse)
+        return answer
 
 
 async def test_a_peer_is_asked_for_what_only_it_may_know(start: Start) -> None:

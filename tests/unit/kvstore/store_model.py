@@ -106,7 +106,7 @@ class Store:
         self.pool = BlockPool(self.num_blocks, SIZE, key_bits=self.key_bits, policy=self.policy)
         self.tiers: Tiers | None = None
         if self.cpu_blocks:
-            cpu = cpu_pool(self.pool, self.cpu_blocks, policy=self.policy)
+            cpu = cpu_pool(self.pool, self.cpu_blocks)
             self.tiers = Tiers(self.pool, cpu, rates=LOADS, max_demotions=4)
         self.pins = Pins(self.pool)
         self.running: list[Running] = []

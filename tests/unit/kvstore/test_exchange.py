@@ -8,7 +8,7 @@ import pytest
 
 from kvstore.exchange import Exchange, Export, Import
 from kvstore.quota import Quota
-from kvstore.scope import Region
+from kvstore.scope import Region, ScopeRoot
 from tests.unit.kvstore.test_tiers import PUBLIC, SIZE, A, B, Worker, own, text
 
 
@@ -198,3 +198,17 @@ def test_a_copy_that_fails_ends_the_export_there(lost: int) -> None:
     assert export.ready and len(export.rows) == lost
     out.end_export(export)
     source.tiers.check(deep=True)
+
+
+@pytest.mark.parametrize("purged", [A, PUBLIC])
+def test_what_was_asked_for_before_a_purge_finds_no_place_after_it(purged: ScopeRoot) -> None:
+    source, target = Worker(), Worker()
+    tokens, regions = text(100, 4), [Region(PUBLIC, 2 * SIZE), Region(A, None)]
+    fill(source, regions, tokens)
+    into = Exchange(target.tiers)
+    arriving = imported(target, regions, tokens)
+    target.tiers.purge(purged)
+    assert not into.arrived(arriving, 4)
+    into.end_import(arriving)
+    assert target.tiers.cpu.num_sealed == 0 == target.tiers.cpu.num_referenced
+    assert move(source, target, regions, tokens) == 4

@@ -256,6 +256,22 @@ def test_pins_follow_their_budget_and_give_way() -> None:
     assert pins.drop_owner(PUBLIC) == 1 and pool.num_referenced == 0
 
 
+def test_a_pin_that_is_said_again_holds_on() -> None:
+    """Though its owner is over its ceiling, and loses at once what nobody holds."""
+    pool, regions = BlockPool(40, SIZE), own(PUBLIC)
+    pins = Pins(pool)
+    pins.set_quota(PUBLIC, Quota(ceiling=6, pinned=5))
+    use(pool, regions, text(0, 5))
+    assert pins.pin("head", regions, text(0, 5), until=10.0) == 20
+    running = run(pool, regions, text(500, 8))
+    assert running is not None
+    assert pins.pin("head", regions, text(0, 5), until=20.0) == 20
+    assert pins.num_pinned(PUBLIC) == 5 and pool.num_holders == 1
+    running.release()
+    assert pins.unpin("head") and pool.num_referenced == pool.num_holders == 0
+    pool.check(deep=True)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_floors_hold_whatever_comes(seed: int) -> None:
     """Random tenants, floors and ceilings: who is under its floor can always grow to it, and keeps its cache in it."""

@@ -92,3 +92,24 @@ def test_a_cached_prompt_is_not_charged(world: MakeWorld) -> None:
     while sum(bool(fleet.results[number].token_ids) for number in unique) < 6:
         assert fleet.step()
     assert sum(bool(fleet.results[number].token_ids) for number in reuse) > 40
+
+
+def test_who_comes_one_by_one_gets_no_more_than_its_share(world: MakeWorld) -> None:
+    """Between two requests of its own it has none: what it had is remembered all the same."""
+    fleet = world(num_blocks=256, max_sequences=1)
+    small = [fleet.submit(prompt(8, seed=i), tenant="b", max_tokens=1) for i in range(400)]
+    large: list[int] = []
+    for _ in range(200):
+        if not large or fleet.results[large[-1]].finish:
+            large.append(fleet.submit(prompt(150, seed=1000 + len(large)), tenant="a", max_tokens=1))
+        assert fleet.step()
+    served = shares(fleet, {"a": large}, prompt_tokens=150)["a"], shares(fleet, {"b": small}, prompt_tokens=8)["b"]
+    assert served[0] == pytest.approx(served[1], rel=0.2)
+
+
+def test_owners_that_are_gone_leave_nothing_behind(world: MakeWorld) -> None:
+    fleet = world(num_blocks=256, max_sequences=2)
+    for i in range(50):
+        fleet.submit(prompt(20, seed=i), tenant=f"t{i}", max_tokens=1)
+    fleet.run()
+    assert not fleet.scheduler._queue._owners

@@ -53,6 +53,16 @@ def test_a_quota_is_set_once_changed_and_lifted() -> None:
     assert pool.account(A).quota == Quota(0, None, 5) and not holdings.has_floors
 
 
+def test_a_purge_ends_floors_too() -> None:
+    holdings = Holdings(BlockPool(64, 4))
+    holdings.admit(A, (), floor(10))
+    holdings.admit(B, (), floor(10))
+    holdings.purge([A])
+    assert holdings.has_floors
+    holdings.purge([B])
+    assert not holdings.has_floors
+
+
 def test_floors_that_do_not_fit_are_left_out() -> None:
     pool = BlockPool(64, 4)
     holdings = Holdings(pool)

@@ -15,6 +15,7 @@ from pando.errors import ConfigError
 from tests.oracle import make_checkpoint
 from tests.runner_driver import Driver, load, random_tokens
 from worker.batch import Batch, BlockCopy, Direction, SamplingParams, Transfer, TransferEnd
+from worker.metrics import StepMetrics
 from worker.model_runner import ModelRunner
 
 
@@ -166,7 +167,11 @@ def test_a_sequence_goes_to_the_cpu_and_comes_back(folder: Path, cpu_dtype: str)
         assert torch.equal(runner.cache.blocks[targets], before)
         assert wrong < 1e-4
     else:
-        assert 0 < runner.mover.error.max_relative < 0.01
+        assert 0 < runner.mover.largest_error < 0.01
+        metrics = StepMetrics(lambda report: None, model="m", worker="w")
+        metrics.watch_error(runner.mover)
+        told = metrics.registry.get_sample_value("pando_kv_cpu_error_ratio", {"model_name": "m", "worker": "w"})
+        assert told == runner.mover.largest_error
         assert wrong < 0.5
     runner.close()
 
