@@ -170,7 +170,7 @@ class Board:
             self._reasons_changed = True
 
     def _excluded(self, ask: Ask) -> tuple[NDArray[np.bool_], tuple[tuple[WorkerId, str], ...]]:
-        """Who cannot take the request; where it asks for nothing special and no queue is full, that is known beforehand."""
+        """Who cannot take the request; known beforehand where it asks for nothing special and no queue is full."""
         prompt = ask.prompt
         fits = prompt.num_tokens + prompt.max_tokens <= self._shortest and prompt.num_positions <= self._smallest
         if fits and ask.only is None and not ask.avoid and not self._any_full:

@@ -47,8 +47,7 @@ class Scheduler:
     # What the outside asks for
 
     def submit(self, request: SequenceRequest, now: float) -> None:
-        """Queue a request, or end it as rejected when it can never fit or the queue is full: of those that wait and this
-        one, the queue says who that is."""
+        """Queue a request, or end it as rejected when it can never fit. A full queue says who of all has to go."""
         leader, *forks = [self._make(one, now) for one in (request, *map(request.fork, request.forks))]
         reason = self._refusal(leader) or self._make_room(request)
         if reason:
