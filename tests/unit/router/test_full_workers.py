@@ -1,4 +1,4 @@
-"""A full worker at the router: who floods it is kept off, who has little there may ask, the worker has the last word."""
+"""A full worker at the router: a flood is kept off, who has little there may ask, and the worker has the last word."""
 
 from __future__ import annotations
 
