@@ -48,6 +48,14 @@ def test_a_newcomer_takes_the_newest_place_of_who_has_most(world: MakeWorld) -> 
     fleet.assert_nothing_held()
 
 
+def test_who_has_most_is_told_by_weight(world: MakeWorld) -> None:
+    fleet = world(max_waiting=14)
+    flood(fleet, "entitled", 10, weight=10)
+    crowd = flood(fleet, "crowd", 4)
+    flood(fleet, "newcomer", 1)
+    assert refused(fleet) == [crowd[-1]]
+
+
 @pytest.mark.parametrize(("heavy", "light"), [(1, 1), (4, 1), (1, 9)])
 @pytest.mark.parametrize("order", ["ab", "ba"])
 def test_two_floods_divide_the_queue_by_their_weights(world: MakeWorld, heavy: int, light: int, order: str) -> None:
@@ -59,8 +67,9 @@ def test_two_floods_divide_the_queue_by_their_weights(world: MakeWorld, heavy: i
     assert held["a"] == pytest.approx(40 * heavy / (heavy + light), abs=1)
 
 
-def test_floods_that_go_on_push_nobody_back_and_forth(world: MakeWorld) -> None:
-    fleet = world(max_waiting=10)
+@pytest.mark.parametrize("room", [9, 10])
+def test_floods_that_go_on_push_nobody_back_and_forth(world: MakeWorld, room: int) -> None:
+    fleet = world(max_waiting=room)
     for tenant in ("a", "b"):
         flood(fleet, tenant, 20)
     settled = {n for n, result in fleet.results.items() if result.finish is None}
