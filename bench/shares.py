@@ -12,6 +12,7 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -67,7 +68,7 @@ class Served:
     """What a tenant got within the window."""
 
     service: float = 0.0
-    answers: int = 0
+    answers: Counter[str] = field(default_factory=Counter)  # by worker
     refused: int = 0
     unhinted: int = 0  # refusals that did not say when to come again
 
@@ -114,7 +115,8 @@ class Callers:
             if time.monotonic() >= self._window[0]:
                 self.served.service += GENERATED_TOKEN * len(chunk.token_ids)
                 self.served.service += PROMPT_TOKEN * shape.prompt * is_first
-                self.served.answers += chunk.usage is not None
+                if chunk.usage is not None:
+                    self.served.answers[chunk.usage.worker] += 1
             is_first = False
 
 
@@ -142,7 +144,8 @@ def compare(cases: Mapping[str, SharesShape]) -> Finding:
         wanted = shape.weights[HEAVY] / shape.weights[LIGHT]
         row: dict[str, float | int | str] = {"case": name, "routers": shape.routers, "service ratio": round(ratio, 3)}
         for tenant in (HEAVY, LIGHT):
-            row |= {f"{tenant} answers": served[tenant].answers, f"{tenant} refused": served[tenant].refused}
+            counts = " ".join(str(count) for _, count in sorted(served[tenant].answers.items()))
+            row |= {f"{tenant} answers by worker": counts, f"{tenant} refused": served[tenant].refused}
         rows.append(row)
         off = abs(ratio / wanted - 1)
         claims += [
