@@ -16,6 +16,8 @@ from router.limits import FleetLimits
 from router.tenants import Tenant
 
 RETRY_AFTER_S = 0.5
+KEPT = 8
+"""One in so many of a router's places is kept for tenants that have fewer than those there."""
 
 
 class Admission:
@@ -39,7 +41,7 @@ class Admission:
     @asynccontextmanager
     async def enter(self, tenant: Tenant, request_id: str) -> AsyncIterator[str]:
         """Count a request for as long as the block runs; gives its id, a new one where none was chosen."""
-        if self._total >= self._max_in_flight:
+        if self._total >= self._most_for(tenant.id):
             raise ResourceExhausted(
                 "the router serves as many requests as it can", reason="ROUTER_BUSY", retry_after_s=RETRY_AFTER_S
             )
@@ -66,6 +68,11 @@ class Admission:
         wait = await self._limits.spend(tenant, prompt_tokens)
         if wait:
             raise _over_rate(tenant, wait, f"at most {tenant.prompt_tokens_per_s:g} prompt tokens a second")
+
+    def _most_for(self, tenant: TenantId) -> int:
+        """How many requests of all there may be for one more of this tenant: a flood leaves some room to others."""
+        kept = self._max_in_flight // KEPT
+        return self._max_in_flight if self.in_flight_of(tenant) < kept else self._max_in_flight - kept
 
     async def _enter_fleet(self, tenant: Tenant) -> None:
         busy, late = await self._limits.enter(tenant)

@@ -17,7 +17,7 @@ from kvstore.index import CachedPrefix
 from router.computing import Heads
 from router.cost import Columns, Held, cost
 from router.ghost import Ghost
-from router.member import Ask, FirstOutput, Member, Standing
+from router.member import QUEUE_FULL, Ask, FirstOutput, Member, Standing
 from router.placement import NO_WORKER, Candidate, Placement, Policy, choose
 from router.rates import LengthRates, Meters, seconds_per_token
 
@@ -120,6 +120,7 @@ class Board:
         self._rates = np.array(rates)
         self._rows.s_per_token = seconds_per_token(self._rates)
         self._standing_reasons = [""] * len(members)
+        self._any_full = False
         self._changed = set(members)
         self._rates_changed = self._reasons_changed = True
         self._shortest = min((member.lease.max_model_len for member in members), default=0)
@@ -143,6 +144,7 @@ class Board:
                 self._out = np.array([bool(reason) for reason in self._standing_reasons], bool)
                 named = zip(rows.workers, self._standing_reasons, strict=True)
                 self._reasons = tuple((worker, reason) for worker, reason in named if reason)
+                self._any_full = QUEUE_FULL in self._standing_reasons
         done = np.maximum(now - self._first_since, 0.0) / rows.s_per_token
         rows.queued = np.maximum(self._reported, self._sent - np.minimum(done, self._first))
         rows.arrivals_per_s = self._arrivals.per_second(now)
@@ -168,10 +170,10 @@ class Board:
             self._reasons_changed = True
 
     def _excluded(self, ask: Ask) -> tuple[NDArray[np.bool_], tuple[tuple[WorkerId, str], ...]]:
-        """Who cannot take the request; where it asks for nothing special, that is known beforehand."""
+        """Who cannot take the request; known beforehand where it asks for nothing special and no queue is full."""
         prompt = ask.prompt
         fits = prompt.num_tokens + prompt.max_tokens <= self._shortest and prompt.num_positions <= self._smallest
-        if fits and ask.only is None and not ask.avoid:
+        if fits and ask.only is None and not ask.avoid and not self._any_full:
             return self._out, self._reasons
         standing = zip(self._members, self._standing_reasons, strict=True)
         words = [member.refusal(ask, reason) for member, reason in standing]

@@ -248,9 +248,16 @@ class Story:
         keys = block_keys(cover.regions, request.token_ids, model.block_size)
         tie_key = self._tie_key(cover, keys, model.block_size)
         prompt = Prompt(len(request.token_ids), request.sampling.max_tokens, tie_key, request.ttft_s)
-        tried = frozenset(self._tried)
-        stores, answers = not request.no_store, len(self._running)
-        return cover, Ask(prompt, keys, stores=stores, avoid=tried, only=request.only, num_answers=answers)
+        return cover, Ask(
+            prompt,
+            keys,
+            stores=not request.no_store,
+            avoid=frozenset(self._tried),
+            only=request.only,
+            num_answers=len(self._running),
+            owner=cover.regions[-1].root,
+            weight=request.weight,
+        )
 
     def _cover(self, model: FleetModel) -> Cover:
         request = self._request
@@ -333,6 +340,8 @@ class Story:
             self._end(answer)
         elif end is not None:
             self._failure = self._failure or end
+            if end.reason == "QUEUE_FULL":
+                reservation.refused()
 
     def _is_next(self, output: LinkOutput, next_index: int) -> bool:
         """Whether this is the current attempt's next output; one that leaves a gap ends the story."""

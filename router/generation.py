@@ -140,7 +140,14 @@ class Generation:
         prompt = await self._encode(checked)
         sampling = _sampling(checked, fit_max_tokens(checked, len(prompt), card))
         request = TokenRequest(
-            checked.request_id, tenant.id, prompt, sampling, 0.0, groups=tenant.groups, ttft_s=tenant.ttft_s
+            checked.request_id,
+            tenant.id,
+            prompt,
+            sampling,
+            0.0,
+            groups=tenant.groups,
+            ttft_s=tenant.ttft_s,
+            weight=tenant.weight,
         )
         return self._source.explain(request)
 

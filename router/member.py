@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 from kvstore.block import BlockKey, WorkerId
 from kvstore.lease import Lease
+from kvstore.scope import ScopeRoot
 from router.computing import Chain, Computing, Heads
+from router.crowd import Crowd
 from router.link_messages import AdmissionReport, WorkerLoad
 from router.placement import Placement, Prompt
 from router.rates import Mean
@@ -30,6 +32,7 @@ QUEUE_FULL = "queue full"
 TRIED = "already tried"
 NOT_ASKED = "not asked"
 
+NOBODY = ScopeRoot(b"")
 SERVICE_WEIGHT = 0.1
 LOAD_SHARE = 0.1
 """Until it is measured: a token loaded from the CPU tier takes this share of the time of one that is computed."""
@@ -46,7 +49,10 @@ class WorkerState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a reservation is asked for. `keys`: of every full block; `stores`: whether the worker will publish them."""
+    """What a reservation is asked for. `keys`: of every full block; `stores`: whether the worker will publish them.
+
+    `owner` and `weight` are what the worker shares its queue by.
+    """
 
     prompt: Prompt
     keys: Sequence[BlockKey]
@@ -54,6 +60,8 @@ class Ask:
     avoid: frozenset[tuple[WorkerId, int]] = frozenset()  # (worker, epoch) that this request has tried
     only: WorkerId | None = None
     num_answers: int = 1  # sequences that go on from the prompt, which is computed once
+    owner: ScopeRoot = NOBODY
+    weight: int = 1
 
 
 class Queue(NamedTuple):
@@ -148,6 +156,10 @@ class Reservation:
             seconds = now - self.placed_at
             self._member.learn(FirstOutput(self.placement, self.ask.keys, self.ask.stores, admission, seconds))
 
+    def refused(self) -> None:
+        """The worker's queue had no place for it."""
+        self._member.crowd.note_refused(self.ask.owner, self._member.link.num_loads)
+
     def end_answer(self) -> None:
         """One of its sequences has ended, and others go on."""
         self.num_answers -= 1
@@ -183,6 +195,7 @@ class Member:
         self.lease = lease
         self.link = link
         self.computing = Computing(self.id, heads)
+        self.crowd = Crowd()
         self.refused = ""
         self.ended = False
         self.said_draining = False
@@ -259,6 +272,8 @@ class Member:
     def refusal(self, ask: Ask, standing: str) -> str:
         """Why it cannot take this request, empty if it can; `standing` is why it can take none."""
         prompt, lease = ask.prompt, self.lease
+        if standing == QUEUE_FULL and self.crowd.may_ask(ask.owner, ask.weight, self.num_places, self.link.num_loads):
+            standing = ""
         if ask.only not in (None, self.id):
             return NOT_ASKED
         if standing and standing != QUEUE_FULL:
@@ -268,6 +283,11 @@ class Member:
         if min(prompt.num_positions, lease.max_held or prompt.num_positions) > self.num_slots:
             return KV_CAPACITY
         return standing or (TRIED if (self.id, lease.epoch) in ask.avoid else "")
+
+    @property
+    def num_places(self) -> int:
+        """Sequences that it takes, running and waiting; 0 where it did not say."""
+        return self.lease.max_sequences + self.lease.max_waiting if self.lease.max_waiting else 0
 
     @property
     def num_slots(self) -> int:
@@ -282,6 +302,7 @@ class Member:
         self._new_requests += ask.num_answers
         self._queued_tokens += placement.uncached_tokens
         self.num_open += ask.num_answers
+        self.crowd.enter(ask.owner, ask.weight, ask.num_answers)
         chain = self.computing.begin(ask.keys, held_blocks) if ask.stores and self.lease.reuse else None
         self._on_change(self)
         reservation = Reservation(self, placement, ask, chain, clock)
@@ -306,6 +327,7 @@ class Member:
     def leave_slots(self, reservation: Reservation, num_answers: int, *, has_run: bool) -> None:
         """Count so many of its sequences no more."""
         self.num_open -= num_answers
+        self.crowd.leave(reservation.ask.owner, num_answers)
         if has_run:
             self._num_started -= num_answers
         if reservation.load_number == self._counted_load:
@@ -335,9 +357,8 @@ class Member:
         return (in_flight + 1 - slots) * self._service_s / slots
 
     def _exclusion(self, in_flight: int) -> str:
-        """Why it can take no request at all."""
+        """Why it can take no request at all; where its queue is full, none of those that have their part of it."""
         state = self.state
         if state is not WorkerState.READY:
             return IS_DRAINING if state is WorkerState.DRAINING else NOT_READY
-        lease = self.lease
-        return QUEUE_FULL if lease.max_waiting and in_flight >= lease.max_sequences + lease.max_waiting else ""
+        return QUEUE_FULL if self.num_places and in_flight >= self.num_places else ""

@@ -1,7 +1,8 @@
 """The queue of a worker: who of the waiting goes next, so that owners are served in proportion to their weights.
 
 Knows tokens and weights, no blocks and no time. Invariant: an owner that comes back from idleness brings no credit with
-it and loses no debt, so the service of two owners differs by their weights and a bounded rest while both want any.
+it and loses no debt, so the service of two owners differs by their weights and a bounded rest while both want any; and
+no owner fills a bounded queue so that another one has no place in it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from heapq import heapify, heappop, heapreplace
 
 from kvstore.scope import ScopeRoot
-from worker.sequence import Sequence
+from worker.sequence import Sequence, SequenceRequest
 
 PROMPT_TOKEN = 1.0
 GENERATED_TOKEN = 2.0
@@ -92,6 +93,22 @@ class FairQueue:
         if at < len(waiting) and waiting[at] is sequence:
             del waiting[at]
             self._waiting -= 1
+
+    def gives_way(self, newcomer: SequenceRequest) -> Sequence | None:
+        """Who leaves a full queue for `newcomer`: the newest of the owner with most places for its weight; None where
+        the newcomer's own would have more for its weight then. Whoever has no place gets one from whoever has two.
+
+        Only one of which nothing was said or begun gives way, so that its router can send it elsewhere.
+        """
+        own = self._owners.get(newcomer.owner)
+        places = len(own.waiting) if own is not None else 0
+        others = [owner for owner in self._owners.values() if owner is not own and len(owner.waiting) > 1]
+        if not others:
+            return None
+        crowd = max(others, key=lambda owner: len(owner.waiting) / owner.weight)
+        if places and (places + 1) / newcomer.weight > (len(crowd.waiting) - 1) / crowd.weight:
+            return None
+        return next((sequence for sequence in reversed(crowd.waiting) if sequence.is_untouched), None)
 
     def serve(self, sequence: Sequence, *, prompt_tokens: int = 0, generated_tokens: int = 0) -> None:
         """Book what was computed for it."""

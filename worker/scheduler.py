@@ -49,9 +49,9 @@ class Scheduler:
     # What the outside asks for
 
     def submit(self, request: SequenceRequest, now: float) -> None:
-        """Queue a request, or end it as rejected when it can never fit or the queue is full."""
+        """Queue a request, or end it as rejected when it can never fit. A full queue says who of all has to go."""
         leader, *forks = [self._make(one, now) for one in (request, *map(request.fork, request.forks))]
-        reason = self._refusal(leader)
+        reason = self._refusal(leader) or self._make_room(request)
         if reason:
             self._outputs += [sequence.end(Finish.REJECTED, reason) for sequence in (leader, *forks)]
             return
@@ -187,8 +187,17 @@ class Scheduler:
         num_held = limits.num_held(sequence.max_num_tokens - 1, size)
         if -(-num_held // size) > self._pool.num_blocks:
             return "KV_CAPACITY"
-        if len(self._queue) >= self._limits.max_waiting:
+        return ""
+
+    def _make_room(self, newcomer: SequenceRequest) -> str:
+        """Why there is no place in the queue, empty if there is one now."""
+        if len(self._queue) < self._limits.max_waiting:
+            return ""
+        leader = self._queue.gives_way(newcomer)
+        if leader is None:
             return "QUEUE_FULL"
+        for sequence in (*leader.forks, leader):
+            self._end(sequence, sequence.end(Finish.REJECTED, "QUEUE_FULL"))
         return ""
 
     def _expire(self, now: float) -> None:

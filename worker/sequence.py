@@ -164,6 +164,11 @@ class Sequence:
         return (self.wait is not None and not self.wait.ready) or (self.load is not None and not self.load.done)
 
     @property
+    def is_untouched(self) -> bool:
+        """Whether nothing was done for it, here or, before it came here, elsewhere."""
+        return self.admission is None and self.load is None and not self.num_generated_tokens
+
+    @property
     def order(self) -> tuple[int, int]:
         """Smaller goes first: by priority, then by arrival. Unique."""
         return (-self.request.priority, self.arrival)

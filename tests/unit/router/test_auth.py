@@ -222,6 +222,19 @@ async def test_places_are_given_back_whatever_happens() -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_flood_leaves_some_of_the_routers_places_to_others() -> None:
+    admission = Admission(16)
+    async with AsyncExitStack() as stack:
+        for tenant, most in (("flood", 14), ("b", 2)):
+            for _ in range(most):
+                await entered(stack, admission, Tenant(TenantId(tenant)))
+            with pytest.raises(ResourceExhausted) as full:
+                await entered(stack, admission, Tenant(TenantId(tenant)))
+            assert full.value.reason == "ROUTER_BUSY" and full.value.retry_after_s
+        assert admission.in_flight == 16
+
+
+@pytest.mark.asyncio
 async def test_a_tenants_own_limit() -> None:
     admission = Admission(10)
     limited = Tenant("a", 1)

@@ -337,6 +337,21 @@ async def test_full_queues_everywhere_are_said_so(stage: Stage, tokens: Tokens) 
     assert caught.value.retry_after_s and is_clean(stage)
 
 
+async def test_a_full_worker_that_refused_a_tenant_is_not_asked_again_at_once(stage: Stage, tokens: Tokens) -> None:
+    stage.mirror.say(stage.lease("w", max_sequences=2, max_waiting=2))
+    stage.link("w").come_up()
+    stage.link("w").say_load(running=2, waiting=2)
+    for tenant in ("acme", "other"):
+        call, submit, link = await begin(stage, tokens(50), tenant=TenantId(tenant))
+        link.say(submit.sequence, finish=pb.FINISH_REJECTED, reason="QUEUE_FULL")
+        with pytest.raises(ResourceExhausted):
+            await call.task
+        with pytest.raises(ResourceExhausted):
+            await Call(dispatch(stage).stream(request(tokens(50), tenant=TenantId(tenant)))).task
+        assert not stage.link("w").submits()
+    assert is_clean(stage)
+
+
 async def test_what_fits_no_worker_is_refused_before_it_is_sent(stage: Stage, tokens: Tokens) -> None:
     stage.mirror.say(stage.lease("w", device_blocks=4, max_model_len=100))
     stage.link("w").come_up()
