@@ -23,6 +23,7 @@ from kvstore.following import Followed, Following, LeaseChange, MirrorCounts, Mi
 from kvstore.lease import Lease, view_leases
 from kvstore.memory_index import MemoryIndex
 from kvstore.redis_index import BATCH_FIELD, RedisIndexReader
+from kvstore.task_end import end
 
 _log = logging.getLogger(__name__)
 
@@ -85,10 +86,8 @@ class Mirror:
     async def stop(self) -> None:
         """End the task and the connections; the index keeps what it has."""
         self._stopping = True
-        while self._task is not None and not self._task.done():
-            # More than once: `asyncio.wait_for` in Python 3.11, which redis-py sends with, can swallow a cancellation.
-            self._task.cancel()
-            await asyncio.wait({self._task}, timeout=self._times.block)
+        if self._task is not None:
+            await end(self._task)
         self._task = None
         self.connected = False
         await self._client.aclose()

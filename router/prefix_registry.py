@@ -81,8 +81,7 @@ class PrefixRegistry:
     async def stop(self) -> None:
         """Follow no more and close the connection. Idempotent."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
             self._task = None
         await self._client.aclose()
 

@@ -285,8 +285,7 @@ class SecretClaim:
     async def stop(self) -> None:
         """Stop renewing. Other routers' claims stay."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
         await self._client.aclose()
 
     async def _claim_within(self, waited_s: float) -> bool:
