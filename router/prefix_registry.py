@@ -19,6 +19,7 @@ from typing import Any
 import redis.asyncio
 from redis.exceptions import RedisError
 
+from kvstore.task_end import end
 from pando.errors import ResourceExhausted, Unavailable
 from router.prefix_catalog import PrefixCatalog, PrefixRecord, Published
 from router.prefix_seal import PrefixSeal

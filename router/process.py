@@ -28,6 +28,7 @@ from kvstore.memory_index import MemoryIndex
 from kvstore.mirror import Mirror
 from kvstore.redis_url import described
 from kvstore.scope import TenantId
+from kvstore.task_end import end
 from pando.errors import ConfigError
 from pando.model_folder import resolve_model
 from pando.settings import RouterSettings

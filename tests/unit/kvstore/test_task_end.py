@@ -37,5 +37,6 @@ async def test_an_error_at_the_end_stays_inside() -> None:
         raise ValueError
 
     task = asyncio.create_task(work())
+    await asyncio.sleep(0)
     await end(task)
     assert isinstance(task.exception(), ValueError)
