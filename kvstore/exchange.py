@@ -2,6 +2,7 @@
 
 Knows tokens, scopes and tiers, no network and no bytes. Invariants: what leaves was found by its exact scope, parent
 and tokens and is held until it is read; what arrives can be found only once it is whole, and behind its own parent.
+Nothing that was on its way when somebody's blocks were purged leaves or arrives after that.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class Export:
     rows: list[BlockId] = field(default_factory=list)
     contents: list[tuple[Content, int]] = field(default_factory=list)
     """What is still to come, in order, with its content number."""
+    era: int = 0
+    """How many purges there had been when it began."""
 
     @property
     def ready(self) -> bool:
@@ -51,6 +54,8 @@ class Import:
     parent: tuple[BlockKey | None, int] = (None, NO_CONTENT)
     """Key and number of what the next one hangs below."""
     num_arrived: int = 0
+    era: int = 0
+    """As an export's."""
 
 
 class Exchange:
@@ -64,12 +69,15 @@ class Exchange:
 
     def begin_export(self, export: Export) -> None:
         """Hold what of it is in the CPU tier, and order copies of what else is here."""
+        export.era = self._tiers.num_purges
         resident = self._resident(export.regions, export.token_ids)
         export.contents = resident[export.first : export.first + export.most]
         self.advance(export)
 
     def advance(self, export: Export) -> None:
         """Take hold of what has come to the CPU tier; order copies of what has not. What was lost ends the export."""
+        if self.is_void(export):
+            export.contents.clear()
         while export.contents:
             content, number = export.contents[0]
             row = self._tiers.cpu.contents.find(*content)
@@ -94,6 +102,7 @@ class Exchange:
 
     def begin_import(self, arriving: Import) -> None:
         """Make room for what comes behind what is here; no rows if there is none, or no need."""
+        arriving.era = self._tiers.num_purges
         here = self._resident(arriving.regions, arriving.token_ids)
         chain = self._chain(arriving.regions)
         for content, _ in here:
@@ -112,6 +121,8 @@ class Exchange:
 
     def arrived(self, arriving: Import, count: int) -> bool:
         """The next `count` rows are written; whether those behind them still have a place to go."""
+        if self.is_void(arriving):
+            return False
         for _ in range(count):
             at = arriving.num_arrived
             parent_key, parent = arriving.parent
@@ -129,6 +140,10 @@ class Exchange:
         arriving.rows = []
 
     # Both
+
+    def is_void(self, moving: Export | Import) -> bool:
+        """Whether blocks were purged since it began. From any thread."""
+        return moving.era != self._tiers.num_purges
 
     @property
     def _size(self) -> int:

@@ -109,6 +109,7 @@ class Tiers:
         self.cpu = cpu
         self.rates = rates
         self.counts = TierCounts()
+        self.num_purges = 0
         self._max_demotions = max_demotions
         self._last_id = 0
         self._demotions: dict[int, _Demotion] = {}
@@ -336,6 +337,7 @@ class Tiers:
 
     def purge(self, root: ScopeRoot) -> Purged:
         """Forget all that the owner of `root` is charged for in both tiers, and what hangs below."""
+        self.num_purges += 1
         before = self.device.num_sealed + self.cpu.num_sealed
         held = self.device.purge(root).held + self.cpu.purge(root).held
         return Purged(before - self.device.num_sealed - self.cpu.num_sealed - held, held)

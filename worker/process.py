@@ -141,7 +141,7 @@ class WorkerProcess:
         self._engine.start()
         address = self._loop.call(self._server.start(settings.host, settings.worker_port))
         if self._redis is not None:
-            lease = _lease(settings, identity, spec, limits, address)
+            lease = _lease(settings, identity, spec, limits, address, offload)
             self._publisher = self._publish(self._redis, lease)
         if settings.worker_metrics_port:
             self._metrics = _serve_metrics(settings, metrics)
@@ -274,7 +274,12 @@ def _identity(settings: WorkerSettings, spec: ModelSpec, epoch: int) -> WorkerId
 
 
 def _lease(
-    settings: WorkerSettings, identity: WorkerIdentity, spec: ModelSpec, limits: SchedulerLimits, address: str
+    settings: WorkerSettings,
+    identity: WorkerIdentity,
+    spec: ModelSpec,
+    limits: SchedulerLimits,
+    address: str,
+    offload: Offload | None,
 ) -> Lease:
     return Lease(
         worker_id=identity.worker,
@@ -293,6 +298,7 @@ def _lease(
         max_waiting=settings.max_waiting,
         max_batch_tokens=settings.max_batch_tokens,
         reuse=settings.prefix_cache == "on",
+        payload_format=offload.mover.payload_format if offload is not None else "",
     )
 
 
