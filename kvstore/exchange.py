@@ -30,6 +30,7 @@ class Export:
     rows: list[BlockId] = field(default_factory=list)
     contents: list[tuple[Content, int]] = field(default_factory=list)
     """What is still to come, in order, with its content number."""
+    num_found: int = 0
     era: int = 0
     """How many purges there had been when it began."""
 
@@ -72,6 +73,7 @@ class Exchange:
         export.era = self._tiers.num_purges
         resident = self._resident(export.regions, export.token_ids)
         export.contents = resident[export.first : export.first + export.most]
+        export.num_found = len(export.contents)
         self.advance(export)
 
     def advance(self, export: Export) -> None:

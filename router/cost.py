@@ -54,13 +54,36 @@ class PullRates:
 
 
 @dataclass(frozen=True, slots=True)
+class Sources:
+    """Who may give blocks to whom: the rows of each group to each other. `pulls` under way from each, and the share
+    that came of what was asked of it lately."""
+
+    rates: PullRates
+    groups: tuple[NDArray[np.intp], ...]
+    pulls: Floats
+    shares: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """Blocks to fetch first: `source` is believed to have the first `num_tokens` of the prompt, and to send those that
+    are missing in `seconds`, beside `others` that it sends."""
+
+    source: WorkerId
+    num_tokens: int
+    seconds: float
+    others: float
+
+
+@dataclass(frozen=True, slots=True)
 class Terms:
     """The cost of one worker, in seconds. The first four are the time to first token, the others what others lose.
 
     `queue_s`: prefill ahead of the request. `slot_s`: until a sequence ends where all slots are taken. `step_s`: the
     running step, which it waits out. `plan_s`: of the cheapest plan. `decode_s`: put on the decodes that run there,
     summed. `behind_s`: put on requests that will come to queue behind it. `eviction_s`: to compute again what it
-    evicts. `expected_cached` is `cached_tokens` times how far such predictions of this worker came true.
+    evicts. `expected_cached` is `cached_tokens` times how far such predictions of this worker came true. `pull` is set
+    with that plan alone.
     """
 
     worker: WorkerId
@@ -75,6 +98,7 @@ class Terms:
     decode_s: float
     behind_s: float
     eviction_s: float
+    pull: Pull | None = None
 
     @property
     def ttft_s(self) -> float:
@@ -118,16 +142,27 @@ class Columns:
 class Held:
     """Prompt tokens by worker, each a prefix: on its device; on either tier; on its device or being computed.
 
-    None where no worker has more than on its device. `pulls` under way from each worker count where blocks can be
-    pulled. `length_factor`: how much longer than the average a token takes in prompts of this length.
+    None where no worker has more than on its device, or none can give blocks to another. `length_factor`: how much
+    longer than the average a token takes in prompts of this length.
     """
 
     device: Floats
     tiers: Floats | None = None
     computing: Floats | None = None
-    pull: PullRates | None = None
-    pulls: Floats | None = None
+    sources: Sources | None = None
     length_factor: float = 1.0
+
+
+@dataclass(slots=True)
+class Pulled:
+    """For each worker what it would fetch: the row to fetch from, what that one has, what is then expected to be there,
+    and seconds; infinite where there is nothing to fetch."""
+
+    source: NDArray[np.intp]
+    prefix: Floats
+    expects: Floats
+    fetch_s: Floats
+    others: Floats
 
 
 @dataclass(slots=True)
@@ -147,6 +182,7 @@ class Costs:
     eviction_s: Floats
     ttft_s: Floats
     total_s: Floats
+    pulled: Pulled | None = None
 
     def terms(self, row: int, num_tokens: int) -> Terms:
         """One row as plain values."""
@@ -164,14 +200,23 @@ class Costs:
             float(self.decode_s[row]),
             float(self.behind_s[row]),
             float(self.eviction_s[row]),
+            self._pull(row),
         )
+
+    def _pull(self, row: int) -> Pull | None:
+        pulled = self.pulled
+        if pulled is None or self.plan[row] != _PULL:
+            return None
+        source = self.workers[pulled.source[row]]
+        return Pull(source, int(pulled.prefix[row]), float(pulled.fetch_s[row]), float(pulled.others[row]))
 
 
 def cost(prompt: Prompt, rows: Columns, held: Held) -> Costs:
     """Every term of every worker."""
     s_per_token = rows.s_per_token
     own_s_per_token = s_per_token if held.length_factor == 1.0 else s_per_token * held.length_factor
-    plan, cached, expected, plan_s = _plans(prompt, rows, held, own_s_per_token)
+    pulled = None if held.sources is None else _pulled(rows, held, held.sources, own_s_per_token)
+    plan, cached, expected, plan_s = _plans(prompt, rows, held, pulled, own_s_per_token)
     missing = prompt.num_tokens - expected
     compute_s = missing * own_s_per_token
     queue_s = rows.queued * s_per_token
@@ -199,18 +244,19 @@ def cost(prompt: Prompt, rows: Columns, held: Held) -> Costs:
         eviction_s,
         ttft_s,
         total_s,
+        pulled,
     )
 
 
 def _plans(
-    prompt: Prompt, rows: Columns, held: Held, s_per_token: Floats
+    prompt: Prompt, rows: Columns, held: Held, pulled: Pulled | None, s_per_token: Floats
 ) -> tuple[NDArray[np.int8], Floats, Floats, Floats]:
     """For each worker its cheapest plan, the prefix that is not computed, how much of it will be found, and seconds."""
     cached = held.device
     expected = cached * rows.confidence
     plan_s = (prompt.num_tokens - expected) * s_per_token
     plan = np.zeros(len(cached), np.int8)
-    device, found = cached, expected
+    found = expected
     options: list[tuple[int, Floats, Floats, Floats]] = []
     if held.computing is not None:
         # What is computed there is in its queue, so the wait for it is counted already.
@@ -220,8 +266,11 @@ def _plans(
         tiers = held.tiers * rows.confidence
         load_s = (tiers - found) * s_per_token * rows.load_share
         options.append((_LOAD, held.tiers, tiers, load_s + (prompt.num_tokens - tiers) * s_per_token))
-    if held.pull is not None and device.any():
-        options.append(_pulled(prompt, held, held.pull, found, s_per_token))
+    if pulled is not None:
+        # What comes lies on the CPU and is loaded from there.
+        load_s = (pulled.expects - found) * s_per_token * rows.load_share
+        seconds = pulled.fetch_s + load_s + (prompt.num_tokens - pulled.expects) * s_per_token
+        options.append((_PULL, pulled.prefix, pulled.expects, seconds))
     for code, prefix, expects, seconds in options:
         better = (prefix > cached) & (seconds < plan_s)
         plan[better] = code
@@ -230,15 +279,28 @@ def _plans(
     return plan, cached, expected, plan_s
 
 
-def _pulled(
-    prompt: Prompt, held: Held, rates: PullRates, found: Floats, s_per_token: Floats
-) -> tuple[int, Floats, Floats, Floats]:
-    """The longest prefix that a peer has, from the one of those with the fewest pulls under way."""
-    longest = held.device.max()
-    pulls = 0.0 if held.pulls is None else held.pulls[held.device == longest].min()
-    seconds = rates.start_s + (longest - found) * rates.s_per_token * (1.0 + pulls)
-    prefix = np.full_like(held.device, longest)
-    return _PULL, prefix, prefix, seconds + (prompt.num_tokens - longest) * s_per_token
+def _pulled(rows: Columns, held: Held, sources: Sources, s_per_token: Floats) -> Pulled | None:
+    """What each worker would fetch, from the one of its group whose blocks save most; None where nobody has any."""
+    have = held.device if held.tiers is None else held.tiers
+    if not have.any():
+        return None
+    size = len(have)
+    pulled = Pulled(np.zeros(size, np.intp), np.zeros(size), np.zeros(size), np.full(size, np.inf), np.zeros(size))
+    slowest, rates = float(s_per_token.max()), sources.rates
+    for group in sources.groups:
+        token_s = rates.s_per_token * (1.0 + sources.pulls[group])
+        saved = have[group] * sources.shares[group] * (slowest - token_s)
+        most = float(saved.max())
+        if most <= 0:
+            continue
+        source = min(group[saved == most].tolist(), key=rows.workers.__getitem__)
+        to = group[group != source]
+        found = have[to] * rows.confidence[to]
+        missing = np.maximum(have[source] - found, 0.0)
+        pulled.source[to], pulled.prefix[to], pulled.others[to] = source, have[source], sources.pulls[source]
+        pulled.expects[to] = found + missing * sources.shares[source]
+        pulled.fetch_s[to] = rates.start_s + missing * rates.s_per_token * (1.0 + sources.pulls[source])
+    return pulled
 
 
 def rendezvous(rows: Columns, among: NDArray[np.intp], key: bytes) -> int:

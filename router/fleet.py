@@ -16,7 +16,7 @@ from pathlib import PurePath
 
 from kvstore.block import BlockKey, WorkerId
 from kvstore.block_key import key_fingerprint
-from kvstore.events import BlocksRemoved
+from kvstore.events import CPU, DEVICE, BlocksRemoved
 from kvstore.lease import Lease
 from kvstore.memory_index import MemoryIndex
 from kvstore.mirror import Mirror
@@ -151,7 +151,11 @@ class Fleet:
         self._turn += 1
         held = found.get(placement.worker)
         reservation = self._members[placement.worker].open(
-            placement, ask, held.device_blocks if held else 0, self._clock
+            placement,
+            ask,
+            held.device_blocks if held else 0,
+            self._clock,
+            source=self._members[placement.pull.source] if placement.pull is not None else None,
         )
         self._board.placed(placement, ask.keys if ask.stores else (), now)
         return reservation
@@ -254,11 +258,23 @@ class Fleet:
 
     def _first_output(self, member: Member, first: FirstOutput) -> None:
         """Learn from it. Blocks that were not there, and are not stored now, are struck from the index."""
-        self._board.learn(member, first)
+        self._board.learn(member, first, self._clock())
+        pull, admission = first.placement.pull, first.admission
+        if pull is not None:
+            if admission.peer_lacks and first.source is not None:
+                had = (admission.cached_device + admission.cached_cpu) // self._block_size
+                self._strike(first.source, first.keys[had : pull.num_tokens // self._block_size])
+            return
         found = first.admission.cached_tokens // self._block_size
         missing = first.keys[found : first.placement.predicted_cached // self._block_size]
         if missing and not first.stores:
             self._index.apply(member.id, member.lease.epoch, [BlocksRemoved(list(missing))])
+
+    def _strike(self, member: Member, keys: Sequence[BlockKey]) -> None:
+        """It said that it has none of these, on any tier."""
+        if keys and self._members.get(member.id) is member:
+            struck = [BlocksRemoved(list(keys), tier) for tier in (DEVICE, CPU)]
+            self._index.apply(member.id, member.lease.epoch, struck)
 
     def _update_ready(self) -> None:
         if any(member.state is WorkerState.READY for member in self._members.values()):

@@ -1,7 +1,7 @@
 """Both ends of `FetchBlocks`: KV of a prompt's head from a worker that has it, in parts, with checksums and a deadline.
 
 Knows the wire, the mover's payloads, and the engine as a thread to call into. Invariant: whatever goes wrong, a request
-that waits for blocks goes to the engine once, and what did not come is computed. The same head is fetched once at a time.
+that waits for blocks goes to the engine once, and what did not come is computed. A head is fetched once at a time.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ class BlockPeers:
         try:
             async with asyncio.timeout(EXPORT_TIMEOUT_S):
                 await self._call(lambda: exchange.begin_export(export))
-                if export.ready and not export.rows:
+                if not export.num_found:
                     raise PeerLacks("nothing of it is here")
                 while sent < len(export.rows) or not export.ready:
                     while sent < len(export.rows):

@@ -141,7 +141,8 @@ class WorkerProcess:
         self._engine.start()
         address = self._loop.call(self._server.start(settings.host, settings.worker_port))
         if self._redis is not None:
-            lease = _lease(settings, identity, spec, limits, address, offload)
+            payload_format = offload.mover.payload_format if offload is not None else ""
+            lease = _lease(settings, identity, spec, limits, address, payload_format=payload_format)
             self._publisher = self._publish(self._redis, lease)
         if settings.worker_metrics_port:
             self._metrics = _serve_metrics(settings, metrics)
@@ -279,7 +280,8 @@ def _lease(
     spec: ModelSpec,
     limits: SchedulerLimits,
     address: str,
-    offload: Offload | None,
+    *,
+    payload_format: str,
 ) -> Lease:
     return Lease(
         worker_id=identity.worker,
@@ -298,7 +300,7 @@ def _lease(
         max_waiting=settings.max_waiting,
         max_batch_tokens=settings.max_batch_tokens,
         reuse=settings.prefix_cache == "on",
-        payload_format=offload.mover.payload_format if offload is not None else "",
+        payload_format=payload_format,
     )
 
 

@@ -85,8 +85,8 @@ class SequenceRequest:
 @dataclass(frozen=True, slots=True)
 class AdmissionFacts:
     """What admission found, counted once. Cached counts are positions of `token_ids`, published ones included; each
-    lies in one tier. `cached_cpu_published_tokens` are those of the published ones that the CPU tier had. The last three
-    are of the request's pull."""
+    lies in one tier. `cached_cpu_published_tokens` are those of the published ones that the CPU tier had. The last
+    three are of the request's pull."""
 
     cached_device_tokens: int
     cached_published_tokens: int
