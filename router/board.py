@@ -85,6 +85,11 @@ class Board:
         if keys and self._members[row].lease.reuse:
             self.ghost.placed(worker, keys, now)
 
+    @property
+    def can_pull(self) -> bool:
+        """Whether there are workers that can give blocks to each other."""
+        return self._givers.can_give
+
     def pull_rates(self, now: float) -> PullRates:
         """What blocks of another worker cost at present."""
         token_s = self._rows.s_per_token

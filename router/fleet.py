@@ -190,10 +190,17 @@ class Fleet:
             member.link.unpin(prefix)
 
     async def purge(self, roots: Sequence[ScopeRoot], timeout_s: float) -> dict[WorkerId, Purged | None]:
-        """Have every worker forget the blocks of some scopes; None for one that did not answer."""
-        workers = [worker for worker, member in self._members.items() if not member.refused]
-        calls = (self._members[worker].link.purge(roots, timeout_s) for worker in workers)
-        return dict(zip(workers, await asyncio.gather(*calls), strict=True))
+        """Have every worker forget the blocks of some scopes; None for one that did not answer.
+
+        Where they give blocks to each other, each is asked again when all have answered: one that was asked early may
+        have got blocks from one that was asked late.
+        """
+        links = {worker: member.link for worker, member in self._members.items() if not member.refused}
+        answers = await asyncio.gather(*(link.purge(roots, timeout_s) for link in links.values()))
+        if self._board.can_pull:
+            later = await asyncio.gather(*(link.purge(roots, timeout_s) for link in links.values()))
+            answers = [one and two and one.then(two) for one, two in zip(answers, later, strict=True)]
+        return dict(zip(links, answers, strict=True))
 
     def note_draining(self, worker: WorkerId, epoch: int) -> None:
         """This life of the worker takes no more requests: it said so to one, before its lease or load did."""

@@ -89,6 +89,10 @@ class Purged:
     cpu_blocks: int
     remaining: int
 
+    def then(self, later: Purged) -> Purged:
+        """Of two times together."""
+        return Purged(self.device_blocks + later.device_blocks, self.cpu_blocks + later.cpu_blocks, later.remaining)
+
 
 @dataclass(frozen=True, slots=True)
 class AdmissionReport:
