@@ -67,12 +67,13 @@ class Sources:
 @dataclass(frozen=True, slots=True)
 class Pull:
     """Blocks to fetch first: `source` is believed to have the first `num_tokens` of the prompt, and to send those that
-    are missing in `seconds`, beside `others` that it sends."""
+    are missing in `seconds`, beside `others` that it sends. To compute those instead takes `compute_s`."""
 
     source: WorkerId
     num_tokens: int
     seconds: float
     others: float
+    compute_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +157,14 @@ class Held:
 @dataclass(slots=True)
 class Pulled:
     """For each worker what it would fetch: the row to fetch from, what that one has, what is then expected to be there,
-    and seconds; infinite where there is nothing to fetch."""
+    and seconds; infinite where there is nothing to fetch. The last two as in `Pull`."""
 
     source: NDArray[np.intp]
     prefix: Floats
     expects: Floats
     fetch_s: Floats
     others: Floats
+    compute_s: Floats
 
 
 @dataclass(slots=True)
@@ -208,7 +210,8 @@ class Costs:
         if pulled is None or self.plan[row] != _PULL:
             return None
         source = self.workers[pulled.source[row]]
-        return Pull(source, int(pulled.prefix[row]), float(pulled.fetch_s[row]), float(pulled.others[row]))
+        numbers = (float(column[row]) for column in (pulled.fetch_s, pulled.others, pulled.compute_s))
+        return Pull(source, int(pulled.prefix[row]), *numbers)
 
 
 def cost(prompt: Prompt, rows: Columns, held: Held) -> Costs:
@@ -285,7 +288,8 @@ def _pulled(rows: Columns, held: Held, sources: Sources, s_per_token: Floats) ->
     if not have.any():
         return None
     size = len(have)
-    pulled = Pulled(np.zeros(size, np.intp), np.zeros(size), np.zeros(size), np.full(size, np.inf), np.zeros(size))
+    prefix, expects, others, compute_s = np.zeros((4, size))
+    pulled = Pulled(np.zeros(size, np.intp), prefix, expects, np.full(size, np.inf), others, compute_s)
     slowest, rates = float(s_per_token.max()), sources.rates
     for group in sources.groups:
         token_s = rates.s_per_token * (1.0 + sources.pulls[group])
@@ -299,6 +303,7 @@ def _pulled(rows: Columns, held: Held, sources: Sources, s_per_token: Floats) ->
         missing = np.maximum(have[source] - found, 0.0)
         pulled.source[to], pulled.prefix[to], pulled.others[to] = source, have[source], sources.pulls[source]
         pulled.expects[to] = found + missing * sources.shares[source]
+        pulled.compute_s[to] = missing * s_per_token[to]
         pulled.fetch_s[to] = rates.start_s + missing * rates.s_per_token * (1.0 + sources.pulls[source])
     return pulled
 

@@ -324,7 +324,7 @@ class Member:
             return None
         self.giver.under_way += 1
         self._on_change(self)
-        return PullOrder(lease.address, lease.epoch, pull.num_tokens // lease.block_size, timeout_s(pull.seconds))
+        return PullOrder(lease.address, lease.epoch, pull.num_tokens // lease.block_size, timeout_s(pull))
 
     def end_pull(self) -> None:
         """One of the pulls from here is over."""

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from router.cost import PullRates, Sources
+from router.cost import Pull, PullRates, Sources
 
 FIRST_START_S = 0.05
 FIRST_SHARE = 0.5
@@ -22,9 +22,12 @@ TIMEOUT_FACTOR = 3.0
 LEAST_TIMEOUT_S, MOST_TIMEOUT_S = 0.25, 10.0
 
 
-def timeout_s(seconds: float) -> float:
-    """When to wait no longer for a pull that should take so long, and compute."""
-    return min(MOST_TIMEOUT_S, max(LEAST_TIMEOUT_S, TIMEOUT_FACTOR * seconds))
+def timeout_s(pull: Pull) -> float:
+    """When to wait for a pull no longer: when it takes some times what it should, or as long as to compute instead.
+
+    So a pull that fails costs no more than twice what was to be saved, even where nothing was measured.
+    """
+    return min(MOST_TIMEOUT_S, max(LEAST_TIMEOUT_S, min(TIMEOUT_FACTOR * pull.seconds, pull.compute_s)))
 
 
 class PullMeter:

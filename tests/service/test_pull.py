@@ -1,4 +1,4 @@
-"""Pulls on real parts: routers, two simulated workers with a CPU tier, Redis. A busy worker's prefix goes to another."""
+"""Pulls on real parts: routers, two simulated workers with a CPU tier, Redis. A busy worker gives to an idle one."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_blocks_of_a_peer_are_pulled_only_where_the_fleet_can_and_it_pays() -> N
     row = terms(far, near, pull=rates)["near"]
     assert (row.plan, row.cached_tokens) == ("pull", 3200)
     assert row.plan_s == pytest.approx(0.01 + 3200e-5 + 800 / RATE)
-    assert row.pull == Pull(WorkerId("far"), 3200, pytest.approx(0.01 + 3200e-5), 0.0)
+    assert row.pull == Pull(WorkerId("far"), 3200, pytest.approx(0.01 + 3200e-5), 0.0, pytest.approx(0.32))
     busy = terms(replace(far, pulls=2), near, pull=rates)["near"]
     assert busy.plan_s == pytest.approx(0.01 + 3 * 3200e-5 + 800 / RATE)
     dear = terms(replace(far, pulls=20), near, pull=rates)["near"]

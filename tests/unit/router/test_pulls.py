@@ -14,7 +14,7 @@ import pytest
 from kvstore.block import BlockKey, WorkerId
 from kvstore.events import CPU, BlocksStored
 from router.link_messages import AdmissionReport, PullOrder, SamplingChoice, Submission, submit_message
-from router.placement import Candidate
+from router.placement import Candidate, Pull
 from router.pulls import (
     FIRST_SHARE,
     FIRST_START_S,
@@ -62,7 +62,7 @@ async def test_a_busy_holder_gives_to_an_idle_worker(stage: Stage, some_keys: Ke
     assert (placement.pull.source, placement.predicted_cached, placement.uncached_tokens) == ("a", ALL, 1)
     seconds = FIRST_START_S + ALL * FIRST_SHARE / 20_000
     assert placement.pull.seconds == pytest.approx(seconds)
-    assert held.pull == PullOrder("a:1", 1, BLOCKS, pytest.approx(TIMEOUT_FACTOR * seconds))
+    assert held.pull == PullOrder("a:1", 1, BLOCKS, pytest.approx(ALL / 20_000))
     held.release()
 
 
@@ -220,9 +220,13 @@ def test_odd_measurements_give_no_negative_rate(samples: list[tuple[float, float
     assert rates.start_s >= 0 and rates.s_per_token >= 0
 
 
-def test_a_deadline_is_some_times_what_it_should_take_within_bounds() -> None:
-    assert timeout_s(0.0) == LEAST_TIMEOUT_S and timeout_s(1e9) == MOST_TIMEOUT_S
-    assert timeout_s(1.0) == TIMEOUT_FACTOR
+def test_a_deadline_is_some_times_what_it_should_take_or_what_computing_takes() -> None:
+    def of(seconds: float, compute_s: float) -> float:
+        return timeout_s(Pull(WorkerId("a"), 16, seconds, 0.0, compute_s))
+
+    assert of(0.0, 100.0) == of(0.1, 0.0) == LEAST_TIMEOUT_S and of(1e9, 1e9) == MOST_TIMEOUT_S
+    assert of(1.0, 9.0) == TIMEOUT_FACTOR
+    assert of(1.0, 1.5) == 1.5
 
 
 def test_a_giver_is_believed_again_in_time() -> None:
