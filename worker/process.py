@@ -114,7 +114,7 @@ class WorkerProcess:
         check_settings(settings)
         check_link_token(settings.link_token, settings.host)
         self._redis = _connect(settings)
-        self._runner = _load_runner(settings)
+        self._runner = load_runner(settings)
         spec = self._runner.spec
         epoch = _take_epoch(self._redis, settings)
         pool = BlockPool(spec.num_blocks, spec.block_size, reuse=settings.prefix_cache == "on")
@@ -231,7 +231,7 @@ def _take_epoch(client: redis.Redis | None, settings: WorkerSettings) -> int:
         raise ConfigError(f"cannot take an epoch for worker {settings.worker_id} in Redis") from error
 
 
-def _load_runner(settings: WorkerSettings) -> Runner:
+def load_runner(settings: WorkerSettings) -> Runner:
     """Only the runner that is wanted is imported: the simulated one needs no torch."""
     if settings.runner == "simulated":
         from worker.simulated_runner import load_simulated_runner

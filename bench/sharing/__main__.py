@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps([finding.document() for finding in found]))
     else:
-        _show(found)
+        show(found)
     return 0 if all(finding.met for finding in found) else 1
 
 
@@ -62,7 +62,8 @@ def _sayer(name: str) -> Say:
     return lambda line: print(f"{name}: {line}", file=sys.stderr, flush=True)
 
 
-def _show(found: Sequence[Finding]) -> None:
+def show(found: Sequence[Finding]) -> None:
+    """Print rows and claims as tables."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     for finding in found:
         console.print(f"\n[bold]{finding.scenario}[/bold]  {finding.setting}")
