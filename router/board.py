@@ -66,7 +66,7 @@ class Board:
         if len(reasons) == len(self._members):
             return Placement(None, NO_WORKER, 0, prompt.num_tokens, reasons, num_tokens=prompt.num_tokens)
         held = self._held(ask, found, now)
-        costs = cost(prompt, self._rows, held)
+        costs = cost(prompt, self._rows, held, out if reasons else None)
         return choose(prompt, self._rows, costs, (out, reasons) if reasons else None, by)
 
     def candidates(self, ask: Ask, found: Found, now: float) -> list[Candidate]:

@@ -154,17 +154,35 @@ class Held:
     length_factor: float = 1.0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Pulled:
-    """For each worker what it would fetch: the row to fetch from, what that one has, what is then expected to be there,
-    and seconds; infinite where there is nothing to fetch. The last two as in `Pull`."""
+    """For each worker what it would fetch: the row to fetch from (one number where it is the same for all), what is
+    then expected to be there, and seconds, infinite where there is nothing to fetch; tokens that are missing, and
+    seconds to compute one. By source: what it `has`, and `others` that it gives to."""
 
-    source: NDArray[np.intp]
-    prefix: Floats
+    source: NDArray[np.intp] | int
+    has: Floats
     expects: Floats
     fetch_s: Floats
     others: Floats
-    compute_s: Floats
+    missing: Floats
+    s_per_token: Floats
+
+    @property
+    def prefix(self) -> Floats:
+        """What each would have of the prompt then."""
+        return np.broadcast_to(self.has[self.source], self.has.shape)
+
+    def pull(self, workers: Sequence[WorkerId], row: int) -> Pull:
+        """What one worker would fetch."""
+        source = self.source if isinstance(self.source, int) else int(self.source[row])
+        return Pull(
+            workers[source],
+            int(self.has[source]),
+            float(self.fetch_s[row]),
+            float(self.others[source]),
+            float(self.missing[row] * self.s_per_token[row]),
+        )
 
 
 @dataclass(slots=True)
@@ -202,23 +220,31 @@ class Costs:
             float(self.decode_s[row]),
             float(self.behind_s[row]),
             float(self.eviction_s[row]),
-            self._pull(row),
+            self.pulled.pull(self.workers, row) if self.pulled is not None and self.plan[row] == _PULL else None,
         )
 
-    def _pull(self, row: int) -> Pull | None:
-        pulled = self.pulled
-        if pulled is None or self.plan[row] != _PULL:
-            return None
-        source = self.workers[pulled.source[row]]
-        numbers = (float(column[row]) for column in (pulled.fetch_s, pulled.others, pulled.compute_s))
-        return Pull(source, int(pulled.prefix[row]), *numbers)
+
+def cost(prompt: Prompt, rows: Columns, held: Held, out: NDArray[np.bool_] | None = None) -> Costs:
+    """Every term of every worker; `out` are those that cannot be chosen.
+
+    Pulls are looked at where one could be the best: what it takes to begin and to compute the rest is less than any
+    worker takes without.
+    """
+    costs = _cost(prompt, rows, held, None)
+    if held.sources is None:
+        return costs
+    have = held.device if held.tiers is None else held.tiers
+    rest_s = (prompt.num_tokens - have.max()) * rows.s_per_token.min() * held.length_factor
+    total_s = costs.total_s if out is None else costs.total_s[~out]
+    if not prompt.ttft_s and total_s.min() <= held.sources.rates.start_s + rest_s:
+        return costs
+    return _cost(prompt, rows, held, held.sources)
 
 
-def cost(prompt: Prompt, rows: Columns, held: Held) -> Costs:
-    """Every term of every worker."""
+def _cost(prompt: Prompt, rows: Columns, held: Held, sources: Sources | None) -> Costs:
     s_per_token = rows.s_per_token
     own_s_per_token = s_per_token if held.length_factor == 1.0 else s_per_token * held.length_factor
-    pulled = None if held.sources is None else _pulled(rows, held, held.sources, own_s_per_token)
+    pulled = None if sources is None else _pulled(rows, held, sources, own_s_per_token)
     plan, cached, expected, plan_s = _plans(prompt, rows, held, pulled, own_s_per_token)
     missing = prompt.num_tokens - expected
     compute_s = missing * own_s_per_token
@@ -284,28 +310,35 @@ def _plans(
 
 def _pulled(rows: Columns, held: Held, sources: Sources, s_per_token: Floats) -> Pulled | None:
     """What each worker would fetch, from the one of its group whose blocks save most; None where nobody has any."""
-    have = held.device if held.tiers is None else held.tiers
-    if not have.any():
+    have, rates = held.device if held.tiers is None else held.tiers, sources.rates
+    token_s = rates.s_per_token * (1.0 + sources.pulls)
+    saved = have * sources.shares * (float(s_per_token.max()) - token_s)
+    found = have * rows.confidence
+    chosen = [(group, source) for group in sources.groups if (source := _source(rows, group, saved)) is not None]
+    if not chosen:
         return None
-    size = len(have)
-    prefix, expects, others, compute_s = np.zeros((4, size))
-    pulled = Pulled(np.zeros(size, np.intp), prefix, expects, np.full(size, np.inf), others, compute_s)
-    slowest, rates = float(s_per_token.max()), sources.rates
-    for group in sources.groups:
-        token_s = rates.s_per_token * (1.0 + sources.pulls[group])
-        saved = have[group] * sources.shares[group] * (slowest - token_s)
-        most = float(saved.max())
-        if most <= 0:
-            continue
-        source = min(group[saved == most].tolist(), key=rows.workers.__getitem__)
-        to = group[group != source]
-        found = have[to] * rows.confidence[to]
-        missing = np.maximum(have[source] - found, 0.0)
-        pulled.source[to], pulled.prefix[to], pulled.others[to] = source, have[source], sources.pulls[source]
-        pulled.expects[to] = found + missing * sources.shares[source]
-        pulled.compute_s[to] = missing * s_per_token[to]
-        pulled.fetch_s[to] = rates.start_s + missing * rates.s_per_token * (1.0 + sources.pulls[source])
-    return pulled
+    from_whom: NDArray[np.intp] | int = chosen[0][1]
+    if len(chosen[0][0]) < len(have):
+        from_whom = np.full(len(have), -1)
+        for group, source in chosen:
+            from_whom[group] = source
+    missing = np.maximum(have[from_whom] - found, 0.0)
+    fetch_s = rates.start_s + missing * token_s[from_whom]
+    expects = found + missing * sources.shares[from_whom]
+    if not isinstance(from_whom, int):
+        fetch_s[from_whom < 0] = np.inf
+    fetch_s[[source for _, source in chosen]] = np.inf
+    return Pulled(from_whom, have, expects, fetch_s, sources.pulls, missing, s_per_token)
+
+
+def _source(rows: Columns, group: NDArray[np.intp], saved: Floats) -> int | None:
+    """Who of a group saves most, the first by name of those that save alike; None where nobody saves anything."""
+    within = saved[group]
+    most = within.max()
+    if most <= 0:
+        return None
+    best = group[within == most].tolist()
+    return int(best[0]) if len(best) == 1 else int(min(best, key=rows.workers.__getitem__))
 
 
 def rendezvous(rows: Columns, among: NDArray[np.intp], key: bytes) -> int:

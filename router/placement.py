@@ -120,7 +120,8 @@ def place(
             givers.write(row, c.payload_format, c.pulls, c.pull_share)
         held.sources = givers.sources(pull) if givers.can_give else None
     out = np.array([bool(c.excluded) for c in candidates])
-    return choose(prompt, rows, cost(prompt, rows, held), (out, excluded) if excluded else None, (policy, turn))
+    costs = cost(prompt, rows, held, out if excluded else None)
+    return choose(prompt, rows, costs, (out, excluded) if excluded else None, (policy, turn))
 
 
 def choose(

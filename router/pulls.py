@@ -39,32 +39,33 @@ class PullMeter:
     _FAR, _WEIGHT = 4096.0, 0.25
 
     def __init__(self) -> None:
-        self._sums = np.zeros(5)  # of w, w x, w y, w x x, w x y
+        self._sums: tuple[float, ...] = (0.0,) * 5  # of w, w x, w y, w x x, w x y
         self._at = 0.0
 
     def add(self, tokens: float, seconds: float, now: float) -> None:
         """So many tokens came in so long, each counted once more for each other pull from the same worker."""
-        self._sums = self._faded(now) + _sample(tokens, max(seconds, 1e-4))
+        faded = math.exp((self._at - now) / FADE_S)
+        added = _sample(tokens, max(seconds, 1e-4))
+        self._sums = tuple(one * faded + other for one, other in zip(self._sums, added, strict=True))
         self._at = now
 
     def rates(self, compute_s_per_token: float, now: float) -> PullRates:
         """As it is now, where to compute a token takes so long."""
-        far_s = FIRST_START_S + self._FAR * FIRST_SHARE * compute_s_per_token
-        guess = _sample(0.0, FIRST_START_S) + _sample(self._FAR, far_s)
-        w, wx, wy, wxx, wxy = (self._faded(now) + self._WEIGHT * guess).tolist()
+        near = _sample(0.0, FIRST_START_S)
+        far = _sample(self._FAR, FIRST_START_S + self._FAR * FIRST_SHARE * compute_s_per_token)
+        faded, part = math.exp((self._at - now) / FADE_S), self._WEIGHT
+        summed = zip(self._sums, near, far, strict=True)
+        w, wx, wy, wxx, wxy = (one * faded + part * (guess + other) for one, guess, other in summed)
         slope = (w * wxy - wx * wy) / (w * wxx - wx * wx)
         start = (wy - slope * wx) / w
         if start < 0:
             return PullRates(0.0, wxy / wxx)
         return PullRates(start, slope) if slope > 0 else PullRates(wy / w, 0.0)
 
-    def _faded(self, now: float) -> NDArray[np.float64]:
-        faded: NDArray[np.float64] = self._sums * math.exp((self._at - now) / FADE_S)
-        return faded
 
-
-def _sample(x: float, y: float) -> NDArray[np.float64]:
-    return np.array([1.0, x, y, x * x, x * y]) / (y * y)
+def _sample(x: float, y: float) -> tuple[float, ...]:
+    weight = 1.0 / (y * y)
+    return weight, weight * x, weight * y, weight * x * x, weight * x * y
 
 
 class Giver:
