@@ -2,6 +2,7 @@
 
 Knows tokens, scopes and tiers, no network and no bytes. Invariants: what leaves was found by its exact scope, parent
 and tokens and is held until it is read; what arrives can be found only once it is whole, and behind its own parent.
+Nothing that was on its way when somebody's blocks were purged leaves or arrives after that.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ class Export:
     rows: list[BlockId] = field(default_factory=list)
     contents: list[tuple[Content, int]] = field(default_factory=list)
     """What is still to come, in order, with its content number."""
+    num_found: int = 0
+    era: int = 0
+    """How many purges there had been when it began."""
 
     @property
     def ready(self) -> bool:
@@ -51,8 +55,8 @@ class Import:
     parent: tuple[BlockKey | None, int] = (None, NO_CONTENT)
     """Key and number of what the next one hangs below."""
     num_arrived: int = 0
-    num_purges: int = 0
-    """Of the tiers when it began: what was asked for before a purge is not taken in after it, whoever was purged."""
+    era: int = 0
+    """As an export's."""
 
 
 class Exchange:
@@ -66,12 +70,16 @@ class Exchange:
 
     def begin_export(self, export: Export) -> None:
         """Hold what of it is in the CPU tier, and order copies of what else is here."""
+        export.era = self._tiers.num_purges
         resident = self._resident(export.regions, export.token_ids)
         export.contents = resident[export.first : export.first + export.most]
+        export.num_found = len(export.contents)
         self.advance(export)
 
     def advance(self, export: Export) -> None:
         """Take hold of what has come to the CPU tier; order copies of what has not. What was lost ends the export."""
+        if self.is_void(export):
+            export.contents.clear()
         while export.contents:
             content, number = export.contents[0]
             row = self._tiers.cpu.contents.find(*content)
@@ -96,7 +104,7 @@ class Exchange:
 
     def begin_import(self, arriving: Import) -> None:
         """Make room for what comes behind what is here; no rows if there is none, or no need."""
-        arriving.num_purges = self._tiers.num_purges
+        arriving.era = self._tiers.num_purges
         here = self._resident(arriving.regions, arriving.token_ids)
         chain = self._chain(arriving.regions)
         for content, _ in here:
@@ -114,8 +122,8 @@ class Exchange:
             chain.advance(key)
 
     def arrived(self, arriving: Import, count: int) -> bool:
-        """The next `count` rows are written; whether they, and those behind them, have a place to go."""
-        if arriving.num_purges != self._tiers.num_purges:
+        """The next `count` rows are written; whether those behind them still have a place to go."""
+        if self.is_void(arriving):
             return False
         for _ in range(count):
             at = arriving.num_arrived
@@ -134,6 +142,10 @@ class Exchange:
         arriving.rows = []
 
     # Both
+
+    def is_void(self, moving: Export | Import) -> bool:
+        """Whether blocks were purged since it began. From any thread."""
+        return moving.era != self._tiers.num_purges
 
     @property
     def _size(self) -> int:

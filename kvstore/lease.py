@@ -49,6 +49,8 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     """Most positions of which one sequence holds KV at a time; a window makes it less than `max_model_len`. 0: all."""
     reuse: bool = True
     """False for a worker that keeps no prefix: nothing it computes may be credited to a later request."""
+    payload_format: str = ""
+    """Of the KV blocks that it exchanges with others, which must have the same; empty for a worker that does not."""
     life: str = ""
     """Random, set by the keeper: tells two lives apart even where Redis lost the epoch counter and gave one twice."""
 

@@ -88,6 +88,7 @@ class WorkerSettings(FleetSettings):
     heartbeat_s: float = option(0.5, "time between heartbeats")
     simulated_prefill_tokens_per_s: float = option(20000.0, "simulated runner: prefill rate")
     simulated_step_ms: float = option(1.0, "simulated runner: fixed cost of a step")
+    simulated_block_bytes: int = option(0, "simulated runner: what a block weighs between workers; 0: its token ids")
 
     @property
     def redis_url(self) -> str:

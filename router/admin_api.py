@@ -164,4 +164,5 @@ def _candidate(terms: Terms) -> pb.PlacementCandidate:
         eviction_s=terms.eviction_s,
         ttft_s=terms.ttft_s,
         total_s=terms.total_s,
+        pull_from=terms.pull.source if terms.pull is not None else "",
     )

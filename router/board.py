@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from kvstore.block import BlockKey, WorkerId
 from kvstore.index import CachedPrefix
 from router.computing import Heads
-from router.cost import Columns, Held, cost
+from router.cost import Columns, Held, Pull, cost
 from router.ghost import Ghost
 from router.member import QUEUE_FULL, Ask, FirstOutput, Member, Standing
-from router.placement import NO_WORKER, Candidate, Placement, Policy, choose
+from router.placement import NO_WORKER, Candidate, Placement, Policy, PullRates, choose
+from router.pulls import Givers, PullMeter
 from router.rates import LengthRates, Meters, seconds_per_token
 
 MOST_UTILIZATION = 0.95
@@ -40,6 +41,7 @@ class Board:
         self.heads = Heads()
         self.lengths = LengthRates()
         self.ghost = Ghost()
+        self.pulls = PullMeter()
         self._block_size = block_size
         self._members: list[Member] = []
         self._row_of: dict[WorkerId, int] = {}
@@ -63,8 +65,8 @@ class Board:
         prompt = ask.prompt
         if len(reasons) == len(self._members):
             return Placement(None, NO_WORKER, 0, prompt.num_tokens, reasons, num_tokens=prompt.num_tokens)
-        held = self._held(ask, found)
-        costs = cost(prompt, self._rows, held)
+        held = self._held(ask, found, now)
+        costs = cost(prompt, self._rows, held, out if reasons else None)
         return choose(prompt, self._rows, costs, (out, reasons) if reasons else None, by)
 
     def candidates(self, ask: Ask, found: Found, now: float) -> list[Candidate]:
@@ -83,18 +85,30 @@ class Board:
         if keys and self._members[row].lease.reuse:
             self.ghost.placed(worker, keys, now)
 
-    def learn(self, member: Member, first: FirstOutput) -> None:
+    @property
+    def can_pull(self) -> bool:
+        """Whether there are workers that can give blocks to each other."""
+        return self._givers.can_give
+
+    def pull_rates(self, now: float) -> PullRates:
+        """What blocks of another worker cost at present."""
+        token_s = self._rows.s_per_token
+        return self.pulls.rates(float(token_s.max()) if len(token_s) else 0.0, now)
+
+    def learn(self, member: Member, first: FirstOutput, now: float) -> None:
         """Compare what was predicted of a request with what its first output says."""
         terms, admission = first.placement.chosen, first.admission
         row = self._row_of.get(member.id)
         if terms is None or row is None or self._members[row] is not member:
             return
-        if terms.cached_tokens:
+        if terms.pull is not None:
+            self._learn_pull(terms.pull, first, now)
+        elif terms.cached_tokens:
             member.confidence.add(min(1.0, admission.cached_tokens / terms.cached_tokens))
         waited_s = terms.queue_s + terms.slot_s + terms.step_s
         computed = first.placement.num_tokens - admission.cached_tokens
         own_s = first.seconds - waited_s
-        if waited_s > CLEAN * first.seconds or own_s <= 0 or computed <= 0:
+        if terms.pull is not None or waited_s > CLEAN * first.seconds or own_s <= 0 or computed <= 0:
             return
         average_s = computed * float(self._rows.s_per_token[row])
         if not admission.cached_cpu and computed >= LEAST_TOKENS:
@@ -102,6 +116,18 @@ class Board:
         elif admission.cached_cpu >= LEAST_TOKENS:
             load_s = max(0.0, own_s - average_s * self.lengths.factor(first.placement.num_tokens))
             member.load_share.add(load_s / admission.cached_cpu / float(self._rows.s_per_token[row]))
+
+    def _learn_pull(self, pull: Pull, first: FirstOutput, now: float) -> None:
+        """A pull that was found to be needless, or that another request's made so, says nothing."""
+        admission = first.admission
+        if not admission.pull_s:
+            return
+        asked = pull.num_tokens - (admission.cached_device + admission.cached_cpu)
+        if first.source is not None and asked > 0:
+            first.source.giver.gave(min(1.0, admission.pulled_tokens / asked), now)
+            self.touch(first.source)
+        if not admission.peer_lacks:
+            self.pulls.add(admission.pulled_tokens * (1.0 + pull.others), admission.pull_s, now)
 
     # Columns
 
@@ -119,6 +145,7 @@ class Board:
         self._reported, self._sent, self._first, self._first_since = np.zeros((4, len(members)))
         self._rates = np.array(rates)
         self._rows.s_per_token = seconds_per_token(self._rates)
+        self._givers = Givers(len(members))
         self._standing_reasons = [""] * len(members)
         self._any_full = False
         self._changed = set(members)
@@ -162,6 +189,7 @@ class Board:
         rows.load_share[row] = standing.load_share
         rows.confidence[row] = standing.confidence
         rows.reuse[row] = self.ghost.reuse(member.id, now)
+        self._givers.write(row, member.payload_format, member.giver.under_way, member.giver.share(now))
         if abs(self._rates[row] - standing.prefill_tokens_per_s) > RATE_NEWS * standing.prefill_tokens_per_s:
             self._rates[row] = standing.prefill_tokens_per_s
             self._rates_changed = True
@@ -180,7 +208,7 @@ class Board:
         named = tuple((member.id, word) for member, word in zip(self._members, words, strict=True) if word)
         return np.array([bool(word) for word in words]), named
 
-    def _held(self, ask: Ask, found: Found) -> Held:
+    def _held(self, ask: Ask, found: Found, now: float) -> Held:
         """What workers have of the prompt. At least its last token is computed."""
         size, block_size = len(self._members), self._block_size
         most = (ask.prompt.num_tokens - 1) // block_size
@@ -200,7 +228,8 @@ class Board:
             device * block_size,
             None if tiers is None else np.minimum(tiers[:size], most) * block_size,
             None if computing is None else computing * block_size,
-            length_factor=self.lengths.factor(ask.prompt.num_tokens),
+            self._givers.sources(self.pull_rates(now)) if found and self._givers.can_give else None,
+            self.lengths.factor(ask.prompt.num_tokens),
         )
 
     def _computing(
@@ -245,4 +274,7 @@ class Board:
             confidence=standing.confidence,
             arrivals_per_s=float(self._rows.arrivals_per_s[row]),
             utilization=float(self._rows.utilization[row]),
+            payload_format=member.payload_format,
+            pulls=member.giver.under_way,
+            pull_share=self._givers.share(row),
         )

@@ -54,13 +54,37 @@ class PullRates:
 
 
 @dataclass(frozen=True, slots=True)
+class Sources:
+    """Who may give blocks to whom: the rows of each group to each other. `pulls` under way from each, and the share
+    that came of what was asked of it lately."""
+
+    rates: PullRates
+    groups: tuple[NDArray[np.intp], ...]
+    pulls: Floats
+    shares: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """Blocks to fetch first: `source` is believed to have the first `num_tokens` of the prompt, and to send those that
+    are missing in `seconds`, beside `others` that it sends. To compute those instead takes `compute_s`."""
+
+    source: WorkerId
+    num_tokens: int
+    seconds: float
+    others: float
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Terms:
     """The cost of one worker, in seconds. The first four are the time to first token, the others what others lose.
 
     `queue_s`: prefill ahead of the request. `slot_s`: until a sequence ends where all slots are taken. `step_s`: the
     running step, which it waits out. `plan_s`: of the cheapest plan. `decode_s`: put on the decodes that run there,
     summed. `behind_s`: put on requests that will come to queue behind it. `eviction_s`: to compute again what it
-    evicts. `expected_cached` is `cached_tokens` times how far such predictions of this worker came true.
+    evicts. `expected_cached` is `cached_tokens` times how far such predictions of this worker came true. `pull` is set
+    with that plan alone.
     """
 
     worker: WorkerId
@@ -75,6 +99,7 @@ class Terms:
     decode_s: float
     behind_s: float
     eviction_s: float
+    pull: Pull | None = None
 
     @property
     def ttft_s(self) -> float:
@@ -118,16 +143,46 @@ class Columns:
 class Held:
     """Prompt tokens by worker, each a prefix: on its device; on either tier; on its device or being computed.
 
-    None where no worker has more than on its device. `pulls` under way from each worker count where blocks can be
-    pulled. `length_factor`: how much longer than the average a token takes in prompts of this length.
+    None where no worker has more than on its device, or none can give blocks to another. `length_factor`: how much
+    longer than the average a token takes in prompts of this length.
     """
 
     device: Floats
     tiers: Floats | None = None
     computing: Floats | None = None
-    pull: PullRates | None = None
-    pulls: Floats | None = None
+    sources: Sources | None = None
     length_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """For each worker what it would fetch: the row to fetch from (one number where it is the same for all), what is
+    then expected to be there, and seconds, infinite where there is nothing to fetch; tokens that are missing, and
+    seconds to compute one. By source: what it `has`, and `others` that it gives to."""
+
+    source: NDArray[np.intp] | int
+    has: Floats
+    expects: Floats
+    fetch_s: Floats
+    others: Floats
+    missing: Floats
+    s_per_token: Floats
+
+    @property
+    def prefix(self) -> Floats:
+        """What each would have of the prompt then."""
+        return np.broadcast_to(self.has[self.source], self.has.shape)
+
+    def pull(self, workers: Sequence[WorkerId], row: int) -> Pull:
+        """What one worker would fetch."""
+        source = self.source if isinstance(self.source, int) else int(self.source[row])
+        return Pull(
+            workers[source],
+            int(self.has[source]),
+            float(self.fetch_s[row]),
+            float(self.others[source]),
+            float(self.missing[row] * self.s_per_token[row]),
+        )
 
 
 @dataclass(slots=True)
@@ -147,6 +202,7 @@ class Costs:
     eviction_s: Floats
     ttft_s: Floats
     total_s: Floats
+    pulled: Pulled | None = None
 
     def terms(self, row: int, num_tokens: int) -> Terms:
         """One row as plain values."""
@@ -164,14 +220,32 @@ class Costs:
             float(self.decode_s[row]),
             float(self.behind_s[row]),
             float(self.eviction_s[row]),
+            self.pulled.pull(self.workers, row) if self.pulled is not None and self.plan[row] == _PULL else None,
         )
 
 
-def cost(prompt: Prompt, rows: Columns, held: Held) -> Costs:
-    """Every term of every worker."""
+def cost(prompt: Prompt, rows: Columns, held: Held, out: NDArray[np.bool_] | None = None) -> Costs:
+    """Every term of every worker; `out` are those that cannot be chosen.
+
+    Pulls are looked at where one could be the best: what it takes to begin and to compute the rest is less than any
+    worker takes without.
+    """
+    costs = _cost(prompt, rows, held, None)
+    if held.sources is None:
+        return costs
+    have = held.device if held.tiers is None else held.tiers
+    rest_s = (prompt.num_tokens - have.max()) * rows.s_per_token.min() * held.length_factor
+    total_s = costs.total_s if out is None else costs.total_s[~out]
+    if not prompt.ttft_s and total_s.min() <= held.sources.rates.start_s + rest_s:
+        return costs
+    return _cost(prompt, rows, held, held.sources)
+
+
+def _cost(prompt: Prompt, rows: Columns, held: Held, sources: Sources | None) -> Costs:
     s_per_token = rows.s_per_token
     own_s_per_token = s_per_token if held.length_factor == 1.0 else s_per_token * held.length_factor
-    plan, cached, expected, plan_s = _plans(prompt, rows, held, own_s_per_token)
+    pulled = None if sources is None else _pulled(rows, held, sources, own_s_per_token)
+    plan, cached, expected, plan_s = _plans(prompt, rows, held, pulled, own_s_per_token)
     missing = prompt.num_tokens - expected
     compute_s = missing * own_s_per_token
     queue_s = rows.queued * s_per_token
@@ -199,18 +273,19 @@ def cost(prompt: Prompt, rows: Columns, held: Held) -> Costs:
         eviction_s,
         ttft_s,
         total_s,
+        pulled,
     )
 
 
 def _plans(
-    prompt: Prompt, rows: Columns, held: Held, s_per_token: Floats
+    prompt: Prompt, rows: Columns, held: Held, pulled: Pulled | None, s_per_token: Floats
 ) -> tuple[NDArray[np.int8], Floats, Floats, Floats]:
     """For each worker its cheapest plan, the prefix that is not computed, how much of it will be found, and seconds."""
     cached = held.device
     expected = cached * rows.confidence
     plan_s = (prompt.num_tokens - expected) * s_per_token
     plan = np.zeros(len(cached), np.int8)
-    device, found = cached, expected
+    found = expected
     options: list[tuple[int, Floats, Floats, Floats]] = []
     if held.computing is not None:
         # What is computed there is in its queue, so the wait for it is counted already.
@@ -220,8 +295,11 @@ def _plans(
         tiers = held.tiers * rows.confidence
         load_s = (tiers - found) * s_per_token * rows.load_share
         options.append((_LOAD, held.tiers, tiers, load_s + (prompt.num_tokens - tiers) * s_per_token))
-    if held.pull is not None and device.any():
-        options.append(_pulled(prompt, held, held.pull, found, s_per_token))
+    if pulled is not None:
+        # What comes lies on the CPU and is loaded from there.
+        load_s = (pulled.expects - found) * s_per_token * rows.load_share
+        seconds = pulled.fetch_s + load_s + (prompt.num_tokens - pulled.expects) * s_per_token
+        options.append((_PULL, pulled.prefix, pulled.expects, seconds))
     for code, prefix, expects, seconds in options:
         better = (prefix > cached) & (seconds < plan_s)
         plan[better] = code
@@ -230,15 +308,37 @@ def _plans(
     return plan, cached, expected, plan_s
 
 
-def _pulled(
-    prompt: Prompt, held: Held, rates: PullRates, found: Floats, s_per_token: Floats
-) -> tuple[int, Floats, Floats, Floats]:
-    """The longest prefix that a peer has, from the one of those with the fewest pulls under way."""
-    longest = held.device.max()
-    pulls = 0.0 if held.pulls is None else held.pulls[held.device == longest].min()
-    seconds = rates.start_s + (longest - found) * rates.s_per_token * (1.0 + pulls)
-    prefix = np.full_like(held.device, longest)
-    return _PULL, prefix, prefix, seconds + (prompt.num_tokens - longest) * s_per_token
+def _pulled(rows: Columns, held: Held, sources: Sources, s_per_token: Floats) -> Pulled | None:
+    """What each worker would fetch, from the one of its group whose blocks save most; None where nobody has any."""
+    have, rates = held.device if held.tiers is None else held.tiers, sources.rates
+    token_s = rates.s_per_token * (1.0 + sources.pulls)
+    saved = have * sources.shares * (float(s_per_token.max()) - token_s)
+    found = have * rows.confidence
+    chosen = [(group, source) for group in sources.groups if (source := _source(rows, group, saved)) is not None]
+    if not chosen:
+        return None
+    from_whom: NDArray[np.intp] | int = chosen[0][1]
+    if len(chosen[0][0]) < len(have):
+        from_whom = np.full(len(have), -1)
+        for group, source in chosen:
+            from_whom[group] = source
+    missing = np.maximum(have[from_whom] - found, 0.0)
+    fetch_s = rates.start_s + missing * token_s[from_whom]
+    expects = found + missing * sources.shares[from_whom]
+    if not isinstance(from_whom, int):
+        fetch_s[from_whom < 0] = np.inf
+    fetch_s[[source for _, source in chosen]] = np.inf
+    return Pulled(from_whom, have, expects, fetch_s, sources.pulls, missing, s_per_token)
+
+
+def _source(rows: Columns, group: NDArray[np.intp], saved: Floats) -> int | None:
+    """Who of a group saves most, the first by name of those that save alike; None where nobody saves anything."""
+    within = saved[group]
+    most = within.max()
+    if most <= 0:
+        return None
+    best = group[within == most].tolist()
+    return int(best[0]) if len(best) == 1 else int(min(best, key=rows.workers.__getitem__))
 
 
 def rendezvous(rows: Columns, among: NDArray[np.intp], key: bytes) -> int:

@@ -213,6 +213,7 @@ class Story:
                 quota=request.quota,
                 weight=request.weight,
                 fork_seeds=tuple(fork_seeds),
+                pull=self._reservation.pull,
             )
         )
         return self._stream

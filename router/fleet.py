@@ -16,7 +16,7 @@ from pathlib import PurePath
 
 from kvstore.block import BlockKey, WorkerId
 from kvstore.block_key import key_fingerprint
-from kvstore.events import BlocksRemoved
+from kvstore.events import CPU, DEVICE, BlocksRemoved
 from kvstore.lease import Lease
 from kvstore.memory_index import MemoryIndex
 from kvstore.mirror import Mirror
@@ -151,7 +151,11 @@ class Fleet:
         self._turn += 1
         held = found.get(placement.worker)
         reservation = self._members[placement.worker].open(
-            placement, ask, held.device_blocks if held else 0, self._clock
+            placement,
+            ask,
+            held.device_blocks if held else 0,
+            self._clock,
+            source=self._members[placement.pull.source] if placement.pull is not None else None,
         )
         self._board.placed(placement, ask.keys if ask.stores else (), now)
         return reservation
@@ -186,10 +190,17 @@ class Fleet:
             member.link.unpin(prefix)
 
     async def purge(self, roots: Sequence[ScopeRoot], timeout_s: float) -> dict[WorkerId, Purged | None]:
-        """Have every worker forget the blocks of some scopes; None for one that did not answer."""
-        workers = [worker for worker, member in self._members.items() if not member.refused]
-        calls = (self._members[worker].link.purge(roots, timeout_s) for worker in workers)
-        return dict(zip(workers, await asyncio.gather(*calls), strict=True))
+        """Have every worker forget the blocks of some scopes; None for one that did not answer.
+
+        Where they give blocks to each other, each is asked again when all have answered: one that was asked early may
+        have got blocks from one that was asked late.
+        """
+        links = {worker: member.link for worker, member in self._members.items() if not member.refused}
+        answers = await asyncio.gather(*(link.purge(roots, timeout_s) for link in links.values()))
+        if self._board.can_pull:
+            later = await asyncio.gather(*(link.purge(roots, timeout_s) for link in links.values()))
+            answers = [one and two and one.then(two) for one, two in zip(answers, later, strict=True)]
+        return dict(zip(links, answers, strict=True))
 
     def note_draining(self, worker: WorkerId, epoch: int) -> None:
         """This life of the worker takes no more requests: it said so to one, before its lease or load did."""
@@ -254,11 +265,23 @@ class Fleet:
 
     def _first_output(self, member: Member, first: FirstOutput) -> None:
         """Learn from it. Blocks that were not there, and are not stored now, are struck from the index."""
-        self._board.learn(member, first)
+        self._board.learn(member, first, self._clock())
+        pull, admission = first.placement.pull, first.admission
+        if pull is not None:
+            if admission.peer_lacks and first.source is not None:
+                had = (admission.cached_device + admission.cached_cpu) // self._block_size
+                self._strike(first.source, first.keys[had : pull.num_tokens // self._block_size])
+            return
         found = first.admission.cached_tokens // self._block_size
         missing = first.keys[found : first.placement.predicted_cached // self._block_size]
         if missing and not first.stores:
             self._index.apply(member.id, member.lease.epoch, [BlocksRemoved(list(missing))])
+
+    def _strike(self, member: Member, keys: Sequence[BlockKey]) -> None:
+        """It said that it has none of these, on any tier."""
+        if keys and self._members.get(member.id) is member:
+            struck = [BlocksRemoved(list(keys), tier) for tier in (DEVICE, CPU)]
+            self._index.apply(member.id, member.lease.epoch, struck)
 
     def _update_ready(self) -> None:
         if any(member.state is WorkerState.READY for member in self._members.values()):

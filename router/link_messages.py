@@ -42,6 +42,16 @@ class SamplingChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class PullOrder:
+    """Where a worker shall fetch the first full blocks of a prompt before it computes, and how long it shall wait."""
+
+    address: str
+    epoch: int
+    num_blocks: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Submission:
     """One attempt at a request, as the worker gets it. `timeout_s` is the time left when it is sent."""
 
@@ -58,6 +68,7 @@ class Submission:
     quota: KvQuota = NO_QUOTA  # of the tenant whose request it is
     weight: int = 1  # likewise
     fork_seeds: tuple[int, ...] = ()  # of each further answer to the same prompt
+    pull: PullOrder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +91,18 @@ class Purged:
     cpu_blocks: int
     remaining: int
 
+    def then(self, later: Purged) -> Purged:
+        """Of two times together."""
+        return Purged(self.device_blocks + later.device_blocks, self.cpu_blocks + later.cpu_blocks, later.remaining)
+
 
 @dataclass(frozen=True, slots=True)
 class AdmissionReport:
-    """What the worker found when it admitted the sequence; all but the last two count prompt tokens."""
+    """What the worker found when it admitted the sequence, in prompt tokens, and what became of its pull.
+
+    `pull_s`: from its start to its end, 0 where nothing was fetched for this request. `pulled_tokens` came, of which
+    `cached_remote` were used; `peer_lacks`: the other worker said that it has none.
+    """
 
     cached_device: int = 0
     cached_cpu: int = 0
@@ -91,6 +110,9 @@ class AdmissionReport:
     cached_published: int = 0
     blocks_copied: int = 0
     queue_ms: float = 0.0
+    pulled_tokens: int = 0
+    pull_s: float = 0.0
+    peer_lacks: bool = False
 
     @property
     def cached_tokens(self) -> int:
@@ -185,7 +207,14 @@ def submit_message(sequences: Sequence[int], submission: Submission) -> pb.Submi
             pb.Fork(sequence=number, seed=seed)
             for number, seed in zip(sequences[1:], submission.fork_seeds, strict=True)
         ],
+        pull=None if submission.pull is None else _pull(submission.pull, submission.timeout_s),
     )
+
+
+def _pull(order: PullOrder, time_left_s: float) -> pb.Pull:
+    """Half of the time that is left is kept for what does not come."""
+    timeout_ms = max(1, int(min(order.timeout_s, time_left_s / 2) * 1000))
+    return pb.Pull(address=order.address, epoch=order.epoch, num_blocks=order.num_blocks, timeout_ms=timeout_ms)
 
 
 def pin_message(order: PinOrder) -> pb.Pin:
@@ -240,6 +269,9 @@ def _admission(admission: pb.Admission) -> AdmissionReport:
         cached_published=admission.cached_published_tokens,
         blocks_copied=admission.blocks_copied,
         queue_ms=admission.queue_ms,
+        pulled_tokens=admission.pulled_tokens,
+        pull_s=admission.pull_ms / 1e3,
+        peer_lacks=admission.peer_lacks,
     )
 
 

@@ -16,8 +16,9 @@ from kvstore.lease import Lease
 from kvstore.scope import ScopeRoot
 from router.computing import Chain, Computing, Heads
 from router.crowd import Crowd
-from router.link_messages import AdmissionReport, WorkerLoad
+from router.link_messages import AdmissionReport, PullOrder, WorkerLoad
 from router.placement import Placement, Prompt
+from router.pulls import Giver, timeout_s
 from router.rates import Mean
 from router.worker_link import WorkerLink
 
@@ -96,13 +97,14 @@ class Standing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FirstOutput:
-    """What is known when a request's first output comes: `seconds` after it was placed."""
+    """What is known when a request's first output comes: `seconds` after it was placed. `source`: of its pull."""
 
     placement: Placement
     keys: Sequence[BlockKey]
     stores: bool
     admission: AdmissionReport
     seconds: float
+    source: Member | None = None
 
 
 class Reservation:
@@ -113,21 +115,34 @@ class Reservation:
         "_clock",
         "_member",
         "_released",
+        "_source",
         "_waiting",
         "ask",
         "load_number",
         "num_answers",
         "placed_at",
         "placement",
+        "pull",
     )
 
-    def __init__(self, member: Member, placement: Placement, ask: Ask, chain: Chain | None, clock: Clock) -> None:
+    def __init__(
+        self,
+        member: Member,
+        placement: Placement,
+        ask: Ask,
+        chain: Chain | None,
+        clock: Clock,
+        *,
+        source: Member | None = None,
+    ) -> None:
         self.placement = placement
+        self.pull = None if source is None else source.pull_order(placement)
         self.ask = ask
         self.num_answers = ask.num_answers
         self.load_number = member.link.num_loads
         self._chain = chain
         self._member = member
+        self._source = source
         self._clock = clock
         self.placed_at = clock()
         self._released = False
@@ -152,9 +167,12 @@ class Reservation:
         self._waiting = False
         now = self._clock()
         self._member.leave_queue(self, now)
+        source = self._source
+        if source is not None:
+            source.end_pull()
         if admission is not None:
-            seconds = now - self.placed_at
-            self._member.learn(FirstOutput(self.placement, self.ask.keys, self.ask.stores, admission, seconds))
+            told = (self.placement, self.ask.keys, self.ask.stores, admission, now - self.placed_at, source)
+            self._member.learn(FirstOutput(*told))
 
     def refused(self) -> None:
         """The worker's queue had no place for it."""
@@ -202,6 +220,7 @@ class Member:
         self.num_open = 0
         self.confidence = Mean(1.0)
         self.load_share = Mean(LOAD_SHARE)
+        self.giver = Giver()
         self._on_change = on_change
         self._on_first = on_first
         self._num_started = 0
@@ -238,6 +257,11 @@ class Member:
     @property
     def reason(self) -> str:
         return self.refused or self.link.reason or ("its lease ended" if self.ended else "")
+
+    @property
+    def payload_format(self) -> str:
+        """Of the blocks that it can give at present; empty if it can give none."""
+        return self.lease.payload_format if self.link.live else ""
 
     @property
     def queued_tokens(self) -> int:
@@ -294,8 +318,10 @@ class Member:
         """Token positions that its device has room for."""
         return self.lease.device_blocks * self.lease.block_size
 
-    def open(self, placement: Placement, ask: Ask, held_blocks: int, clock: Clock) -> Reservation:
-        """Count a request from now on, of whose keys the index has the first `held_blocks`."""
+    def open(
+        self, placement: Placement, ask: Ask, held_blocks: int, clock: Clock, *, source: Member | None = None
+    ) -> Reservation:
+        """Count a request from now on, of whose keys the index has the first `held_blocks`. `source`: of its pull."""
         if self._counted_load != self.link.num_loads:
             self._counted_load, self._new_tokens, self._new_requests = self.link.num_loads, 0, 0
         self._new_tokens += placement.uncached_tokens
@@ -303,11 +329,28 @@ class Member:
         self._queued_tokens += placement.uncached_tokens
         self.num_open += ask.num_answers
         self.crowd.enter(ask.owner, ask.weight, ask.num_answers)
+        if placement.pull is not None:
+            # What comes is not computed: who waits for it here finds nothing being computed.
+            held_blocks = max(held_blocks, placement.pull.num_tokens // self.lease.block_size)
         chain = self.computing.begin(ask.keys, held_blocks) if ask.stores and self.lease.reuse else None
         self._on_change(self)
-        reservation = Reservation(self, placement, ask, chain, clock)
+        reservation = Reservation(self, placement, ask, chain, clock, source=source)
         self._waiting[reservation] = None
         return reservation
+
+    def pull_order(self, placement: Placement) -> PullOrder | None:
+        """How a request placed elsewhere shall ask for this worker's blocks; its pull counts until `end_pull`."""
+        pull, lease = placement.pull, self.lease
+        if pull is None:
+            return None
+        self.giver.under_way += 1
+        self._on_change(self)
+        return PullOrder(lease.address, lease.epoch, pull.num_tokens // lease.block_size, timeout_s(pull))
+
+    def end_pull(self) -> None:
+        """One of the pulls from here is over."""
+        self.giver.under_way -= 1
+        self._on_change(self)
 
     def leave_queue(self, reservation: Reservation, now: float) -> None:
         """Count its prompt tokens no more."""

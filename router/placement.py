@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.block import WorkerId
-from router.cost import Columns, Costs, Floats, Held, Prompt, PullRates, Terms, cost, rendezvous
+from router.cost import Columns, Costs, Floats, Held, Prompt, Pull, PullRates, Terms, cost, rendezvous
+from router.pulls import Givers
 from router.rates import seconds_per_token
 
-__all__ = ["Candidate", "Placement", "Policy", "Prompt", "PullRates", "Terms", "choose", "place"]
+__all__ = ["Candidate", "Placement", "Policy", "Prompt", "Pull", "PullRates", "Terms", "choose", "place"]
 
 TIE_FRACTION = 0.02
 TIE_S = 1e-3
@@ -39,8 +40,9 @@ class Candidate:
     all slots are taken. `running`: sequences past their prompt. `free_tokens`: room on the device that holds nothing.
     `reuse`: probability that what it evicts next is asked for again. `load_share`: what a token loaded from its CPU
     tier takes of the time of one that is computed. `confidence`: how much of a predicted prefix it then found.
-    `arrivals_per_s` and `utilization`: of late. `pulls`: of its blocks under way. `excluded` says why it cannot be
-    chosen, empty if it can.
+    `arrivals_per_s` and `utilization`: of late. `payload_format`: workers with the same give blocks to each other, with
+    none to nobody; `pulls` under way from it, and the share of what was asked of it that came. `excluded` says why it
+    cannot be chosen, empty if it can.
     """
 
     worker: WorkerId
@@ -59,7 +61,9 @@ class Candidate:
     confidence: float = 1.0
     arrivals_per_s: float = 0.0
     utilization: float = 0.0
+    payload_format: str = ""
     pulls: int = 0
+    pull_share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,11 @@ class Placement:
     retry_after_s: float = 0.0
     num_tokens: int = 0
     _costs: Costs | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def pull(self) -> Pull | None:
+        """What the chosen worker shall fetch first, and from whom."""
+        return None if self.chosen is None else self.chosen.pull
 
     @property
     def terms(self) -> tuple[Terms, ...]:
@@ -104,9 +113,15 @@ def place(
     if len(excluded) == len(candidates):
         return Placement(None, NO_WORKER, 0, prompt.num_tokens, excluded, num_tokens=prompt.num_tokens)
     rows, held = _columns(candidates)
-    held.pull, held.length_factor = pull, length_factor
+    held.length_factor = length_factor
+    if pull is not None:
+        givers = Givers(len(candidates))
+        for row, c in enumerate(candidates):
+            givers.write(row, c.payload_format, c.pulls, c.pull_share)
+        held.sources = givers.sources(pull) if givers.can_give else None
     out = np.array([bool(c.excluded) for c in candidates])
-    return choose(prompt, rows, cost(prompt, rows, held), (out, excluded) if excluded else None, (policy, turn))
+    costs = cost(prompt, rows, held, out if excluded else None)
+    return choose(prompt, rows, costs, (out, excluded) if excluded else None, (policy, turn))
 
 
 def choose(
@@ -193,7 +208,6 @@ def _columns(candidates: Sequence[Candidate]) -> tuple[Columns, Held]:
     held = Held(device)
     held.tiers = tiers if (tiers > device).any() else None
     held.computing = computing if (computing > device).any() else None
-    held.pulls = np.array([c.pulls for c in candidates], float)
     return rows, held
 
 

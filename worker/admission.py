@@ -118,6 +118,9 @@ class Admission:
             cached_published_tokens=table.cached_published + published,
             queue_s=now - sequence.queued_at,
             blocks_copied=int(cached % self._pool.block_size > 0),
+            pulled_tokens=len(pulled),
+            pull_s=sequence.request.pull_s,
+            peer_lacks=sequence.request.peer_lacks,
         )
 
     def reach(self, sequence: Sequence, end: int) -> int:

@@ -1,7 +1,7 @@
 """Both ends of `FetchBlocks`: KV of a prompt's head from a worker that has it, in parts, with checksums and a deadline.
 
 Knows the wire, the mover's payloads, and the engine as a thread to call into. Invariant: whatever goes wrong, a request
-that waits for blocks goes to the engine once, and what did not come is computed.
+that waits for blocks goes to the engine once, and what did not come is computed. A head is fetched once at a time.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Container
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import grpc
 import xxhash
 
+from kvstore.block import BlockId
 from kvstore.exchange import Export, Import
-from kvstore.scope import ScopeRoot
+from kvstore.scope import Region, ScopeRoot
 from pando.errors import InvalidRequest
 from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
@@ -31,15 +32,25 @@ logger = logging.getLogger(__name__)
 PART_BYTES = 1024 * 1024
 MAX_PAYLOAD_BYTES = 1024 * 1024 * 1024
 POLL_S = 0.002
+MOST_READ = 16
+"""Blocks read in one go, of a part at most, and blocks on their way into memory: a turn of the loop costs about as much
+as a small block."""
 EXPORT_TIMEOUT_S = 10.0
 
 _CHANNEL_OPTIONS = (("grpc.max_receive_message_length", 2 * PART_BYTES),)
 
 T = TypeVar("T")
 
+_Head = tuple[str, int, tuple[Region, ...], bytes]
+"""Who is asked, and for what: address, epoch, scopes, tokens."""
+
 
 class PeerRefused(Exception):
     """The other end cannot give blocks, or sent what cannot be used. The text is fixed."""
+
+
+class PeerLacks(PeerRefused):
+    """None of what was asked for is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,21 @@ class _Waiting:
 
     request: SequenceRequest
     task: asyncio.Task[None]
+
+
+@dataclass(slots=True)
+class _Coming:
+    """Blocks of a request on their way in: those of `writes` are in memory when these are done."""
+
+    request: SequenceRequest
+    blocks: Import
+    writes: list[asyncio.Future[bool]] = field(default_factory=list)
+    lacks: bool = False
+
+    @property
+    def num_written(self) -> int:
+        done = (write.done() and not write.cancelled() and write.result() for write in self.writes)
+        return next((at for at, ok in enumerate(done) if not ok), len(self.writes))
 
 
 class BlockPeers:
@@ -61,14 +87,23 @@ class BlockPeers:
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._waiting: dict[int, _Waiting] = {}
+        self._heads: dict[_Head, asyncio.Task[None]] = {}
 
     # In
 
     def submit(self, request: SequenceRequest, order: PullOrder) -> None:
         """Give a request to the engine when the blocks have come, or the order's time is over."""
-        waiting = _Waiting(request, asyncio.create_task(self._pull_and_submit(request, order)))
+        num_tokens = order.num_blocks * self._offload.tiers.device.block_size
+        head = (order.address, order.epoch, request.regions, request.token_ids[:num_tokens].tobytes())
+        first = self._heads.get(head)
+        task = asyncio.create_task(
+            self._pull_and_submit(request, order) if first is None else self._wait_and_submit(request, order, first)
+        )
+        if first is None:
+            self._heads[head] = task
+            task.add_done_callback(lambda _: self._heads.pop(head))
         for engine_id in _ids(request):
-            self._waiting[engine_id] = waiting
+            self._waiting[engine_id] = _Waiting(request, task)
 
     def hurry(self, engine_id: int) -> None:
         """What this sequence waits for is wanted no more: its request goes to the engine now. Else nothing happens."""
@@ -96,36 +131,57 @@ class BlockPeers:
             await channel.close()
 
     async def _pull_and_submit(self, request: SequenceRequest, order: PullOrder) -> None:
-        pulled = range(0)
+        began = self._engine.clock()
+        size = self._offload.tiers.device.block_size
+        most = min(order.num_blocks, _full_blocks(request, size))
+        coming = _Coming(request, Import(request.regions, request.token_ids, most))
         try:
-            pulled = await self._pull(request, order)
+            await self._pull(coming, order)
         except EngineStopped:
             pass
         except Exception:  # the request goes on, whatever a peer sends
             logger.exception("a pull of blocks failed")
+        first = coming.blocks.first
+        self._submit(
+            replace(
+                request,
+                pulled=range(first * size, (first + coming.num_written) * size),
+                pull_s=self._engine.clock() - began if coming.blocks.contents else 0.0,
+                peer_lacks=coming.lacks,
+            )
+        )
+
+    async def _wait_and_submit(self, request: SequenceRequest, order: PullOrder, first: asyncio.Task[None]) -> None:
+        """Another request has the same head fetched: what comes is found, what does not is computed."""
+        await asyncio.wait({first}, timeout=order.timeout_s)
+        self._submit(request)
+
+    def _submit(self, request: SequenceRequest) -> None:
         if request.sequence_id in self._waiting:
             self._leave(request)
-            self._engine.submit(replace(request, pulled=pulled))
+            self._engine.submit(request)
 
-    async def _pull(self, request: SequenceRequest, order: PullOrder) -> range:
-        """The positions that have come."""
-        size, mover = self._offload.tiers.device.block_size, self._offload.mover
-        most = min(order.num_blocks, (len(request.token_ids) - 1) // size)
-        arriving = Import(request.regions, request.token_ids, most)
-        written = 0
+    async def _pull(self, coming: _Coming, order: PullOrder) -> None:
+        """Bring what comes in time to where it is found."""
+        blocks, mover = coming.blocks, self._offload.mover
         try:
-            await self._call(lambda: self._begin_import(request, arriving))
-            if arriving.rows:
-                async with asyncio.timeout(order.timeout_s), aclosing(self._payloads(arriving, order)) as payloads:
+            await self._call(lambda: self._begin_import(coming.request, blocks))
+            if blocks.rows:
+                async with asyncio.timeout(order.timeout_s), aclosing(self._payloads(blocks, order)) as payloads:
                     async for payload in payloads:
-                        if not await asyncio.wrap_future(mover.write(arriving.rows[written], payload)):
-                            raise PeerRefused("a payload of another size")
-                        written += 1
+                        writes = coming.writes
+                        writes.append(asyncio.wrap_future(mover.write(blocks.rows[len(writes)], payload)))
+                        if len(writes) >= MOST_READ:
+                            await _done(writes[-MOST_READ])
+                    for write in coming.writes:
+                        await _done(write)
         except (TimeoutError, grpc.RpcError, PeerRefused) as error:
-            logger.info("of %d blocks %d came from %s: %s", len(arriving.rows), written, order.address, _cause(error))
+            coming.lacks = isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.NOT_FOUND
+            said = coming.num_written, len(blocks.rows), order.address, _cause(error)
+            logger.info("%d of %d blocks came from %s: %s", *said)
         finally:
-            self._engine.call(lambda: self._end_import(arriving, written))
-        return range(arriving.first * size, (arriving.first + written) * size)
+            num_written = coming.num_written
+            self._engine.call(lambda: self._end_import(blocks, num_written))
 
     def _begin_import(self, request: SequenceRequest, arriving: Import) -> None:
         self._engine.admit(request)
@@ -189,14 +245,17 @@ class BlockPeers:
         try:
             async with asyncio.timeout(EXPORT_TIMEOUT_S):
                 await self._call(lambda: exchange.begin_export(export))
+                if not export.num_found:
+                    raise PeerLacks("nothing of it is here")
                 while sent < len(export.rows) or not export.ready:
-                    for row in export.rows[sent:]:
-                        payload = await asyncio.to_thread(self._offload.mover.read, row)
-                        if payload is None:
+                    while sent < len(export.rows):
+                        payloads = await asyncio.to_thread(self._read, export.rows[sent : sent + MOST_READ])
+                        if not payloads or exchange.is_void(export):
                             return
-                        for chunk in _parts(export.first + sent, payload):
-                            yield chunk
-                        sent += 1
+                        for payload in payloads:
+                            for chunk in _parts(export.first + sent, payload):
+                                yield chunk
+                            sent += 1
                     if not export.ready:
                         await asyncio.sleep(POLL_S)
                         await self._call(lambda: exchange.advance(export))
@@ -204,6 +263,20 @@ class BlockPeers:
             return
         finally:
             self._engine.call(lambda: exchange.end_export(export))
+
+    def _read(self, rows: list[BlockId]) -> list[bytes]:
+        """Payloads of the first of these rows, up to one that is damaged or of a part together."""
+        payloads: list[bytes] = []
+        num_bytes = 0
+        for row in rows:
+            payload = self._offload.mover.read(row)
+            if payload is None:
+                break
+            payloads.append(payload)
+            num_bytes += len(payload)
+            if num_bytes >= PART_BYTES:
+                break
+        return payloads
 
     def _checked(self, request: pb.FetchBlocksRequest, vocab_size: int) -> Export:
         if request.epoch != self._epoch:
@@ -228,6 +301,17 @@ def _parts(index: int, payload: bytes) -> list[pb.BlockChunk]:
     ]
     parts[-1].checksum = xxhash.xxh3_64_intdigest(payload)
     return parts
+
+
+async def _done(write: asyncio.Future[bool]) -> None:
+    """Wait for a write, and leave it be if the wait ends."""
+    if not await asyncio.shield(write):
+        raise PeerRefused("a payload of another size")
+
+
+def _full_blocks(request: SequenceRequest, size: int) -> int:
+    """Of a prompt whose last token is computed whatever comes."""
+    return (len(request.token_ids) - 1) // size
 
 
 def _ids(request: SequenceRequest) -> list[int]:

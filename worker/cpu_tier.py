@@ -158,7 +158,8 @@ class CpuTier:
                 self._finish(flights)
                 flights = []
                 if isinstance(order, _Write):
-                    order.done.set_result(self._store.put(order.block, order.payload))
+                    if order.done.set_running_or_notify_cancel():
+                        order.done.set_result(self._store.put(order.block, order.payload))
                 else:
                     self._store.wipe(order)
             if len(flights) == most or self._orders.empty():

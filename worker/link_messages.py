@@ -224,4 +224,7 @@ def _admission_message(facts: AdmissionFacts) -> pb.Admission:
         cached_published_tokens=facts.cached_published_tokens,
         blocks_copied=facts.blocks_copied,
         queue_ms=facts.queue_s * 1e3,
+        pulled_tokens=facts.pulled_tokens,
+        pull_ms=facts.pull_s * 1e3,
+        peer_lacks=facts.peer_lacks,
     )

@@ -122,7 +122,7 @@ class WorkerProcess:
         check_settings(settings)
         check_link_token(settings.link_token, settings.host)
         self._bulk = _connect(settings)
-        self._runner = _load_runner(settings)
+        self._runner = load_runner(settings)
         spec = self._runner.spec
         epoch = _take_epoch(self._bulk, settings)
         pool = _pool(settings, spec)
@@ -150,7 +150,8 @@ class WorkerProcess:
         self._engine.start()
         address = self._loop.call(self._server.start(settings.host, settings.worker_port))
         if self._bulk is not None:
-            lease = _lease(settings, identity, spec, limits, address)
+            payload_format = offload.mover.payload_format if offload is not None else ""
+            lease = _lease(settings, identity, spec, limits, address, payload_format=payload_format)
             self._publisher = self._server.publisher = self._publish(self._bulk, lease, spec)
         if settings.worker_metrics_port:
             self._metrics = _serve_metrics(settings, metrics)
@@ -242,7 +243,7 @@ def _take_epoch(client: redis.Redis | None, settings: WorkerSettings) -> int:
         raise ConfigError(f"cannot take an epoch for worker {settings.worker_id} in Redis") from error
 
 
-def _load_runner(settings: WorkerSettings) -> Runner:
+def load_runner(settings: WorkerSettings) -> Runner:
     """Only the runner that is wanted is imported: the simulated one needs no torch."""
     if settings.runner == "simulated":
         from worker.simulated_runner import load_simulated_runner
@@ -291,7 +292,13 @@ def _identity(settings: WorkerSettings, spec: ModelSpec, epoch: int) -> WorkerId
 
 
 def _lease(
-    settings: WorkerSettings, identity: WorkerIdentity, spec: ModelSpec, limits: SchedulerLimits, address: str
+    settings: WorkerSettings,
+    identity: WorkerIdentity,
+    spec: ModelSpec,
+    limits: SchedulerLimits,
+    address: str,
+    *,
+    payload_format: str,
 ) -> Lease:
     return Lease(
         worker_id=identity.worker,
@@ -310,6 +317,7 @@ def _lease(
         max_waiting=settings.max_waiting,
         max_batch_tokens=settings.max_batch_tokens,
         reuse=settings.prefix_cache == "on",
+        payload_format=payload_format,
     )
 
 

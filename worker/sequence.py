@@ -52,7 +52,8 @@ class SequenceRequest:
     `token_ids` is the prompt and, on a continuation, the tokens already delivered after it; `sampling.max_tokens`
     counts generated tokens from `num_prompt_tokens`. `deadline` is a time of the engine's clock. Each of `forks` is
     a sequence of its own once the prompt is computed. `weight` is the owner's share of a busy worker beside others'.
-    `pulled` are positions whose KV came from another worker for it.
+    `pulled` are positions whose KV came from another worker for it, which took `pull_s`; `peer_lacks`: nothing came, as
+    that worker had none of it.
     """
 
     sequence_id: int
@@ -68,6 +69,8 @@ class SequenceRequest:
     quota: OwnerQuota | None = None
     weight: int = 1
     pulled: range = range(0)
+    pull_s: float = 0.0
+    peer_lacks: bool = False
 
     @property
     def owner(self) -> ScopeRoot:
@@ -82,7 +85,8 @@ class SequenceRequest:
 @dataclass(frozen=True, slots=True)
 class AdmissionFacts:
     """What admission found, counted once. Cached counts are positions of `token_ids`, published ones included; each
-    lies in one tier. `cached_cpu_published_tokens` are those of the published ones that the CPU tier had."""
+    lies in one tier. `cached_cpu_published_tokens` are those of the published ones that the CPU tier had. The last
+    three are of the request's pull."""
 
     cached_device_tokens: int
     cached_published_tokens: int
@@ -92,6 +96,9 @@ class AdmissionFacts:
     cached_cpu_published_tokens: int = 0
     cached_remote_tokens: int = 0
     cached_remote_published_tokens: int = 0
+    pulled_tokens: int = 0
+    pull_s: float = 0.0
+    peer_lacks: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from kvstore.ledger import Told
 from pando.errors import ConfigError, InvalidRequest
 from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
-from worker.block_peers import BlockPeers, PeerRefused
+from worker.block_peers import BlockPeers, PeerLacks, PeerRefused
 from worker.engine import Engine, EngineStopped, Load, StepReport
 from worker.link_guard import LinkGuard
 from worker.link_messages import pin_request, pull_order, purge_roots, sequence_request, worker_messages
@@ -162,6 +162,8 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
             async with aclosing(self._peers.chunks(request, self._identity.vocab_size)) as chunks:
                 async for chunk in chunks:
                     await context.write(chunk)
+        except PeerLacks as lacks:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(lacks))
         except PeerRefused as refused:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(refused))
         except EngineStopped:
@@ -171,6 +173,8 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
             await context.abort(grpc.StatusCode.INTERNAL, "internal error")
 
     async def Purge(self, request: pb.PurgeRequest, context: Context) -> pb.PurgeResponse:
+        if self._peers is not None:
+            self._peers.hurry_all()
         try:
             roots = purge_roots(request)
             if self._peers is not None:

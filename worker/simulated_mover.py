@@ -19,7 +19,8 @@ NEVER_WRITTEN = 0xFFFFFFFF
 
 
 class SimulatedMover:
-    """Implements `BlockMover`: one block after the other, `block_s` each."""
+    """Implements `BlockMover`: one block after the other, `block_s` each. A payload is the block's token ids, and zeros
+    up to `payload_bytes`."""
 
     def __init__(
         self,
@@ -27,15 +28,17 @@ class SimulatedMover:
         num_blocks: int,
         *,
         block_s: float,
+        payload_bytes: int = 0,
         clock: Callable[[], float],
     ) -> None:
         self.num_blocks = num_blocks
-        self.payload_format = f"simulated {device_blocks.shape[1]}"
+        self.payload_format = f"simulated {device_blocks.shape[1]}" + (f" {payload_bytes}" if payload_bytes else "")
         # [num_blocks, block_size]
         self.blocks = np.full((num_blocks, device_blocks.shape[1]), NEVER_WRITTEN, np.uint32)
         self._device_blocks = device_blocks
         self._checksums = [0] * num_blocks
         self._block_s = block_s
+        self._padding = bytes(max(0, payload_bytes - self.blocks[0].nbytes))
         self._clock = clock
         self._moving: list[tuple[float, Transfer]] = []
 
@@ -51,14 +54,15 @@ class SimulatedMover:
     def read(self, block_id: int) -> bytes | None:
         """The token ids in a block, None if they are not those that were demoted."""
         intact = self._checksums[block_id] == self._checksum(block_id)
-        return self.blocks[block_id].tobytes() if intact else None
+        return self.blocks[block_id].tobytes() + self._padding if intact else None
 
     def write(self, block_id: int, payload: bytes) -> Future[bool]:
         """Fill a block at once."""
         done: Future[bool] = Future()
-        fits = len(payload) == self.blocks[block_id].nbytes
+        size = self.blocks[block_id].nbytes
+        fits = len(payload) == size + len(self._padding) and payload.endswith(self._padding)
         if fits:
-            self.blocks[block_id] = np.frombuffer(payload, np.uint32)
+            self.blocks[block_id] = np.frombuffer(payload, np.uint32, count=size // 4)
             self._checksums[block_id] = self._checksum(block_id)
         done.set_result(fits)
         return done

@@ -55,6 +55,7 @@ class SimulatedRunner:
         *,
         reserved_token_ids: frozenset[int] = frozenset(),
         num_cpu_blocks: int = 0,
+        block_bytes: int = 0,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -67,7 +68,9 @@ class SimulatedRunner:
         self._blocks: npt.NDArray[np.uint32] = np.full((spec.num_blocks, spec.block_size), NEVER_WRITTEN, np.uint32)
         self.mover: BlockMover | None = None
         if num_cpu_blocks:
-            self.mover = SimulatedMover(self._blocks, num_cpu_blocks, block_s=MOVE_BLOCK_S, clock=clock)
+            self.mover = SimulatedMover(
+                self._blocks, num_cpu_blocks, block_s=MOVE_BLOCK_S, payload_bytes=block_bytes, clock=clock
+            )
 
     def execute(self, batch: Batch) -> list[int]:
         """Write each share's tokens to its slots, then read each whole sequence back for its next token."""
@@ -141,7 +144,13 @@ def load_simulated_runner(settings: WorkerSettings) -> SimulatedRunner:
     )
     cost = StepCost(settings.simulated_step_ms / 1e3, 1.0 / max(settings.simulated_prefill_tokens_per_s, 1e-9))
     reserved = _special_token_ids(folder, config)
-    return SimulatedRunner(spec, cost, reserved_token_ids=reserved, num_cpu_blocks=settings.cpu_blocks)
+    return SimulatedRunner(
+        spec,
+        cost,
+        reserved_token_ids=reserved,
+        num_cpu_blocks=settings.cpu_blocks,
+        block_bytes=settings.simulated_block_bytes,
+    )
 
 
 def _model_folder(name: str) -> Path | None:

@@ -18,7 +18,7 @@ class Claim:
 
     says: str
     measured: float
-    relation: str  # "<=", ">=", "<" or "="
+    relation: str  # "<=", ">=", "<", ">" or "="
     bound: float
 
     @property
@@ -28,6 +28,7 @@ class Claim:
             "<=": self.measured <= self.bound,
             ">=": self.measured >= self.bound,
             "<": self.measured < self.bound,
+            ">": self.measured > self.bound,
             "=": self.measured == self.bound,
         }[self.relation]
 

@@ -141,7 +141,8 @@ def _show_placement(placement: admin_pb2.ExplainPlacementResponse) -> None:
             table.add_row(row.worker, row.excluded)
         else:
             times = (f"{1e3 * getattr(row, name):.1f}" for name in _TERMS)
-            table.add_row(row.worker, row.plan, str(row.cached_tokens), *times)
+            plan = f"{row.plan} from {row.pull_from}" if row.pull_from else row.plan
+            table.add_row(row.worker, plan, str(row.cached_tokens), *times)
     console.print(table)
 
 

@@ -142,7 +142,7 @@ class ExplainPlacementRequest(_message.Message):
     def __init__(self, tenant: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_inference_pb2.TokenIds, _Mapping]] = ..., chat: _Optional[_Union[_inference_pb2.Chat, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class PlacementCandidate(_message.Message):
-    __slots__ = ("worker", "plan", "cached_tokens", "expected_cached_tokens", "queue_s", "slot_s", "step_s", "plan_s", "decode_s", "behind_s", "eviction_s", "ttft_s", "total_s", "excluded")
+    __slots__ = ("worker", "plan", "cached_tokens", "expected_cached_tokens", "queue_s", "slot_s", "step_s", "plan_s", "decode_s", "behind_s", "eviction_s", "ttft_s", "total_s", "excluded", "pull_from")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +157,7 @@ class PlacementCandidate(_message.Message):
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     TOTAL_S_FIELD_NUMBER: _ClassVar[int]
     EXCLUDED_FIELD_NUMBER: _ClassVar[int]
+    PULL_FROM_FIELD_NUMBER: _ClassVar[int]
     worker: str
     plan: str
     cached_tokens: int
@@ -171,7 +172,8 @@ class PlacementCandidate(_message.Message):
     ttft_s: float
     total_s: float
     excluded: str
-    def __init__(self, worker: _Optional[str] = ..., plan: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., expected_cached_tokens: _Optional[float] = ..., queue_s: _Optional[float] = ..., slot_s: _Optional[float] = ..., step_s: _Optional[float] = ..., plan_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., behind_s: _Optional[float] = ..., eviction_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., excluded: _Optional[str] = ...) -> None: ...
+    pull_from: str
+    def __init__(self, worker: _Optional[str] = ..., plan: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., expected_cached_tokens: _Optional[float] = ..., queue_s: _Optional[float] = ..., slot_s: _Optional[float] = ..., step_s: _Optional[float] = ..., plan_s: _Optional[float] = ..., decode_s: _Optional[float] = ..., behind_s: _Optional[float] = ..., eviction_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., total_s: _Optional[float] = ..., excluded: _Optional[str] = ..., pull_from: _Optional[str] = ...) -> None: ...
 
 class ExplainPlacementResponse(_message.Message):
     __slots__ = ("worker", "reason", "prompt_tokens", "candidates", "attempt", "found_cached_tokens", "retry_after_s")

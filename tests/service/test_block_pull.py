@@ -82,6 +82,7 @@ async def test_a_head_comes_from_the_peer_and_is_not_computed(start: Start) -> N
         assert await run(at_other, 1, tokens, pull=pull(one, 20)) == expected
         admission = at_other.admissions[1]
         assert (admission.cached_remote_tokens, admission.cached_cpu_tokens) == (20 * SIZE, 0)
+        assert (admission.pulled_tokens, admission.peer_lacks) == (20 * SIZE, False) and admission.pull_ms > 0
         again = await run(at_other, 2, tokens)
         assert again == expected and at_other.admissions[2].cached_device_tokens >= 20 * SIZE
 
@@ -111,7 +112,24 @@ async def test_another_scope_gets_nothing(start: Start) -> None:
         expected = await run(at_one, 1, tokens)
         regions = [pb.Region(scope_root=OTHER)]
         assert await run(at_other, 1, tokens, pull=pull(one, 10), regions=regions) == expected
-        assert at_other.admissions[1].cached_remote_tokens == 0
+        admission = at_other.admissions[1]
+        assert (admission.cached_remote_tokens, admission.pulled_tokens, admission.peer_lacks) == (0, 0, True)
+
+
+async def test_siblings_have_their_head_fetched_once(start: Start) -> None:
+    one, other = start(), start()
+    head = prompt(20 * SIZE)
+    async with session(one, start) as at_one, session(other, start) as at_other:
+        await run(at_one, 0, head)
+        prompts = {number: head + prompt(30, seed=number) for number in range(1, 5)}
+        expected = {number: await run(at_one, number, tokens) for number, tokens in prompts.items()}
+        for number, tokens in prompts.items():
+            await at_other.submit(number, tokens, pull=pull(one, 20))
+        await at_other.ended(*prompts)
+        assert {number: at_other.tokens[number] for number in prompts} == expected
+        assert sorted(a.pulled_tokens for a in at_other.admissions.values()) == [0, 0, 0, 20 * SIZE]
+        tiers = start.processes[1]._engine._store  # type: ignore[attr-defined]
+        assert tiers.counts.received == 20
 
 
 @pytest.mark.parametrize("what", ["nobody there", "another epoch", "no time", "no tier"])
@@ -247,7 +265,9 @@ async def test_a_peer_is_asked_for_what_only_it_may_know(start: Start) -> None:
     good = request(plain, fingerprint_of(start), prompt(SIZE))
     async with grpc.aio.insecure_channel(plain.address) as channel:
         stub = worker_pb2_grpc.WorkerLinkStub(channel)
-        assert await fetched(stub, good) == []
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await fetched(stub, good)
+        assert refused.value.code() is grpc.StatusCode.NOT_FOUND
         for change in (
             {"epoch": plain.epoch + 1},
             {"key_fingerprint": "x"},

@@ -231,20 +231,26 @@ class WorkerHello(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[str] = ..., block_size: _Optional[int] = ..., key_fingerprint: _Optional[str] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., device_blocks: _Optional[int] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class Admission(_message.Message):
-    __slots__ = ("cached_device_tokens", "cached_cpu_tokens", "cached_remote_tokens", "cached_published_tokens", "blocks_copied", "queue_ms")
+    __slots__ = ("cached_device_tokens", "cached_cpu_tokens", "cached_remote_tokens", "cached_published_tokens", "blocks_copied", "queue_ms", "pulled_tokens", "pull_ms", "peer_lacks")
     CACHED_DEVICE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_CPU_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_REMOTE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_PUBLISHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_COPIED_FIELD_NUMBER: _ClassVar[int]
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
+    PULLED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PULL_MS_FIELD_NUMBER: _ClassVar[int]
+    PEER_LACKS_FIELD_NUMBER: _ClassVar[int]
     cached_device_tokens: int
     cached_cpu_tokens: int
     cached_remote_tokens: int
     cached_published_tokens: int
     blocks_copied: int
     queue_ms: float
-    def __init__(self, cached_device_tokens: _Optional[int] = ..., cached_cpu_tokens: _Optional[int] = ..., cached_remote_tokens: _Optional[int] = ..., cached_published_tokens: _Optional[int] = ..., blocks_copied: _Optional[int] = ..., queue_ms: _Optional[float] = ...) -> None: ...
+    pulled_tokens: int
+    pull_ms: float
+    peer_lacks: bool
+    def __init__(self, cached_device_tokens: _Optional[int] = ..., cached_cpu_tokens: _Optional[int] = ..., cached_remote_tokens: _Optional[int] = ..., cached_published_tokens: _Optional[int] = ..., blocks_copied: _Optional[int] = ..., queue_ms: _Optional[float] = ..., pulled_tokens: _Optional[int] = ..., pull_ms: _Optional[float] = ..., peer_lacks: _Optional[bool] = ...) -> None: ...
 
 class SequenceOutput(_message.Message):
     __slots__ = ("sequence", "attempt", "first_index", "token_ids", "finish", "admission", "stop_token_id", "reason")

@@ -67,7 +67,7 @@ class WorkerLinkServicer:
         raise NotImplementedError('Method not implemented!')
 
     def FetchBlocks(self, request, context):
-        """Blocks of KV for a peer, in chunks.
+        """Blocks of KV for a peer, in chunks. NOT_FOUND: none of them is here.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

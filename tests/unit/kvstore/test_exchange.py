@@ -212,3 +212,39 @@ def test_what_was_asked_for_before_a_purge_finds_no_place_after_it(purged: Scope
     into.end_import(arriving)
     assert target.tiers.cpu.num_sealed == 0 == target.tiers.cpu.num_referenced
     assert move(source, target, regions, tokens) == 4
+
+
+def test_what_was_on_its_way_when_blocks_were_purged_does_not_arrive() -> None:
+    """Not even what was whole before, nor behind blocks of another owner."""
+    source, target = Worker(), Worker()
+    tokens = text(100, 6)
+    fill(source, own(A), tokens)
+    export = exported(source, own(A), tokens)
+    into, arriving = Exchange(target.tiers), imported(target, own(A), tokens)
+    assert into.arrived(arriving, 2)
+    target.tiers.purge(A)
+    assert into.is_void(arriving) and not into.arrived(arriving, 4)
+    into.end_import(arriving)
+    assert target.tiers.cpu.num_free == target.tiers.cpu.num_blocks
+    out = Exchange(source.tiers)
+    assert not out.is_void(export)
+    source.tiers.purge(A)
+    assert out.is_void(export)
+    out.end_export(export)
+    assert source.tiers.cpu.num_free == source.tiers.cpu.num_blocks
+    again = imported(target, own(A), tokens)
+    assert len(again.rows) == 6 and into.arrived(again, 6)
+    into.end_import(again)
+
+
+def test_an_export_that_waits_for_copies_ends_when_blocks_are_purged() -> None:
+    source = Worker()
+    tokens = text(100, 6)
+    fill(source, own(A), tokens)
+    out, export = Exchange(source.tiers), Export(own(A), tokens, 0, 6)
+    out.begin_export(export)
+    assert not export.ready
+    source.tiers.purge(B)
+    out.advance(export)
+    assert export.ready
+    out.end_export(export)

@@ -47,7 +47,8 @@ def act(stage: Stage, held: list[Reservation], what: str, which: int, number: in
             if isinstance(answer, Reservation):
                 held.append(answer)
         case "start" if held:
-            held[number % len(held)].started(AdmissionReport(cached_device=16 * (number % 3)))
+            pull = {"pulled_tokens": 16 * number, "pull_s": number / 100, "peer_lacks": number == 3}
+            held[number % len(held)].started(AdmissionReport(cached_device=16 * (number % 3), **pull))
         case "release" if held:
             held.pop(number % len(held)).release()
         case "load":
@@ -68,7 +69,8 @@ def act(stage: Stage, held: list[Reservation], what: str, which: int, number: in
         case "break":
             stage.link(worker).break_off() if number % 2 else stage.link(worker).come_up()
         case "new":
-            stage.mirror.say(stage.lease(worker, epoch=stage.fleet.epoch_of(worker) + 1))
+            life = {"epoch": stage.fleet.epoch_of(worker) + 1, "payload_format": "x" if number % 3 else "y"}
+            stage.mirror.say(stage.lease(worker, **life))
             stage.link(worker).come_up()
     stage.now += number / 7
 
@@ -81,20 +83,26 @@ def test_a_decision_is_the_one_over_all_candidates(
     async def check() -> None:
         stage = Stage()
         await stage.fleet.start()
-        stage.add(*NAMES)
+        stage.add(*NAMES[:2])
+        stage.add(*NAMES[2:], payload_format="x")
+        for _ in range(30):  # else prompts so short are never pulled
+            stage.fleet._board.pulls.add(4000, 0.001, stage.now)
         held: list[Reservation] = []
         for what, which, number in done:
             act(stage, held, what, which, number)
         keys = prompt_keys(family, 12)
         ask = Ask(Prompt(12 * 16 + 3, 16, keys[3]), keys, avoid=frozenset([avoid]) if avoid else frozenset(), only=only)
         factor = stage.fleet._board.lengths.factor(ask.prompt.num_tokens)
-        exhaustive = place(ask.prompt, stage.fleet.candidates(ask), length_factor=factor)
+        candidates = stage.fleet.candidates(ask)
+        rates = stage.fleet._board.pull_rates(stage.now)
+        exhaustive = place(ask.prompt, candidates, pull=rates, length_factor=factor)
         decided = stage.fleet.explain(ask)
         assert decided == exhaustive
         assert decided.terms == exhaustive.terms
         for reservation in held:
             reservation.release()
         assert stage.fleet.num_reserved == 0
+        assert all(candidate.pulls == 0 for candidate in stage.fleet.candidates(ask))
         assert all(view.queued_tokens >= 0 for view in stage.fleet.workers())
         await stage.fleet.stop()
 

@@ -8,7 +8,7 @@ import pytest
 
 from kvstore.block import WorkerId
 from router.cost import BEHIND
-from router.placement import TOO_SLOW, Candidate, Placement, Prompt, PullRates, Terms, place
+from router.placement import TOO_SLOW, Candidate, Placement, Prompt, Pull, PullRates, Terms, place
 
 RATE = 10_000.0
 PROMPT = Prompt(4000, 64, b"key")
@@ -61,17 +61,52 @@ def test_blocks_on_the_cpu_are_loaded_where_that_is_faster_than_computing() -> N
 
 
 def test_blocks_of_a_peer_are_pulled_only_where_the_fleet_can_and_it_pays() -> None:
-    far = candidate("far", cached_tokens=3200, queued_tokens=50_000)
-    near = candidate("near")
+    far = candidate("far", cached_tokens=3200, queued_tokens=50_000, payload_format="x", load_share=0.0)
+    near = candidate("near", payload_format="x", load_share=0.0)
     assert terms(far, near)["near"].plan == "recompute"
     rates = PullRates(start_s=0.01, s_per_token=1e-5)
     row = terms(far, near, pull=rates)["near"]
     assert (row.plan, row.cached_tokens) == ("pull", 3200)
     assert row.plan_s == pytest.approx(0.01 + 3200e-5 + 800 / RATE)
+    assert row.pull == Pull(WorkerId("far"), 3200, pytest.approx(0.01 + 3200e-5), 0.0, pytest.approx(0.32))
     busy = terms(replace(far, pulls=2), near, pull=rates)["near"]
     assert busy.plan_s == pytest.approx(0.01 + 3 * 3200e-5 + 800 / RATE)
-    assert terms(replace(far, pulls=20), near, pull=rates)["near"].plan == "recompute"
+    dear = terms(replace(far, pulls=20), near, pull=rates)["near"]
+    assert (dear.plan, dear.pull, dear.cached_tokens) == ("recompute", None, 0)
     assert terms(far, near, pull=rates)["far"].plan == "recompute"
+    loads = terms(far, replace(near, load_share=0.2), pull=rates)["near"]
+    assert loads.plan_s == pytest.approx(0.01 + 3200e-5 + 0.2 * 3200 / RATE + 800 / RATE)
+
+
+@pytest.mark.parametrize(("source", "target"), [("x", "y"), ("x", ""), ("", "x"), ("", "")])
+def test_workers_of_different_formats_never_pull(source: str, target: str) -> None:
+    far = candidate("far", cached_tokens=3200, queued_tokens=50_000, payload_format=source)
+    near, third = candidate("near", payload_format=target), candidate("third", payload_format="z")
+    free = PullRates(0.0, 0.0)
+    assert {row.plan for row in terms(far, near, third, pull=free).values()} == {"recompute"}
+    same = replace(near, payload_format="x"), replace(far, payload_format="x")
+    assert terms(*same, third, pull=free)["near"].plan == "pull"
+
+
+def test_a_pull_is_from_the_one_whose_blocks_save_most_on_either_tier() -> None:
+    long = candidate("long", cached_tokens=1600, tier_tokens=3200, payload_format="x")
+    short = candidate("short", cached_tokens=2400, payload_format="x")
+    near = candidate("near", payload_format="x", cached_tokens=160, tier_tokens=800, load_share=0.1)
+    rates = PullRates(0.001, 2e-5)
+
+    def pull(*sources: Candidate) -> tuple[str, int]:
+        row = terms(*sources, near, pull=rates)["near"]
+        assert row.plan == "pull" and row.pull is not None
+        return row.pull.source, row.pull.num_tokens
+
+    assert pull(long, short) == ("long", 3200)
+    assert pull(replace(long, pulls=3), short) == ("short", 2400)
+    assert pull(replace(long, pull_share=0.5), short) == ("short", 2400)
+    row = terms(long, near, pull=rates)["near"]
+    # What it has on its own CPU is not fetched; all that is not on the device is loaded.
+    assert row.plan_s == pytest.approx(0.001 + 2400 * 2e-5 + 0.1 * 3040 / RATE + 800 / RATE)
+    doubted = terms(replace(long, pull_share=0.5), near, pull=rates)["near"]
+    assert doubted.expected_cached == 800 + 0.5 * 2400
 
 
 def test_a_worker_that_did_not_have_what_was_predicted_is_believed_less() -> None:

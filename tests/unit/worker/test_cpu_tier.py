@@ -281,3 +281,12 @@ def test_the_thread_waits_without_work(make: Make) -> None:
     time.sleep(0.3)
     assert time.process_time() - before < 0.1
     assert tier.take_ended() == []
+
+
+def test_a_write_that_nobody_waits_for_any_more_ends_nothing(make: Make) -> None:
+    tier = make(normal())
+    payload = bytes(normal()[0].nbytes)
+    for _ in range(50):
+        tier.write(1, payload).cancel()
+    assert tier.write(2, payload).result(10)
+    assert not tier.write(3, payload[1:]).result(10)
