@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from kvstore.block import BlockKey, WorkerId
@@ -18,6 +19,7 @@ from router.computing import Heads
 from router.cost import Columns, Held, cost
 from router.ghost import Ghost
 from router.member import Ask, FirstOutput, Member, Standing
+from router.peers import Loads, PeerLoads
 from router.placement import NO_WORKER, Candidate, Placement, Policy, choose
 from router.rates import LengthRates, Meters, seconds_per_token
 
@@ -25,6 +27,9 @@ MOST_UTILIZATION = 0.95
 CLEAN = 0.1
 """Of a time to first token that was for less than this share waiting, the rest says how fast the worker computes."""
 LEAST_TOKENS = 64
+LEAST_RATE = 1e-3
+RATE_DIGITS = 3
+"""Slower arrivals than one in a quarter of an hour are not told to other routers, and none with more digits."""
 RATE_NEWS = 0.02
 """A reported rate that moved by less than this share moves nothing."""
 
@@ -38,6 +43,7 @@ class Board:
 
     def __init__(self, block_size: int, now: float) -> None:
         self.heads = Heads()
+        self.peers = PeerLoads()
         self.lengths = LengthRates()
         self.ghost = Ghost()
         self._block_size = block_size
@@ -103,6 +109,19 @@ class Board:
             load_s = max(0.0, own_s - average_s * self.lengths.factor(first.placement.num_tokens))
             member.load_share.add(load_s / admission.cached_cpu / float(self._rows.s_per_token[row]))
 
+    def sent(self, now: float) -> Loads:
+        """What this router sent to each worker, for the other routers."""
+        arrivals, work = self._arrivals.per_second(now).tolist(), self._work.per_second(now).tolist()
+        rows = (row for row, member in enumerate(self._members) if member.num_open or arrivals[row] > LEAST_RATE)
+        return {
+            self._members[row].id: replace(
+                self._members[row].sent(),
+                arrivals_per_s=round(arrivals[row], RATE_DIGITS),
+                utilization=round(work[row], RATE_DIGITS),
+            )
+            for row in rows
+        }
+
     # Columns
 
     def _lay_out(self, members: list[Member]) -> None:
@@ -118,6 +137,9 @@ class Board:
         rates = [0.0 if row is None else float(self._rates[row]) for row in before]
         self._reported, self._sent, self._first, self._first_since = np.zeros((4, len(members)))
         self._rates = np.array(rates)
+        others = [self.peers.at(member.id, member.lease.epoch) for member in members]
+        self._others_arrivals = np.array([each.arrivals_per_s for each in others], float)
+        self._others_work = np.array([each.utilization for each in others], float)
         self._rows.s_per_token = seconds_per_token(self._rates)
         self._standing_reasons = [""] * len(members)
         self._changed = set(members)
@@ -129,6 +151,8 @@ class Board:
         """Write what changed since the last decision, and what time changes."""
         self.heads.expire(now)
         rows = self._rows
+        for worker, epoch in self.peers.news():
+            self._hear(worker, epoch)
         if self._changed:
             for member in self._changed:
                 row = self._row_of.get(member.id)
@@ -145,8 +169,16 @@ class Board:
                 self._reasons = tuple((worker, reason) for worker, reason in named if reason)
         done = np.maximum(now - self._first_since, 0.0) / rows.s_per_token
         rows.queued = np.maximum(self._reported, self._sent - np.minimum(done, self._first))
-        rows.arrivals_per_s = self._arrivals.per_second(now)
-        rows.utilization = np.minimum(self._work.per_second(now), MOST_UTILIZATION)
+        rows.arrivals_per_s = self._arrivals.per_second(now) + self._others_arrivals
+        rows.utilization = np.minimum(self._work.per_second(now) + self._others_work, MOST_UTILIZATION)
+
+    def _hear(self, worker: WorkerId, epoch: int) -> None:
+        """Other routers have something else at a worker than they had."""
+        row = self._row_of.get(worker)
+        if row is not None and (member := self._members[row]).lease.epoch == epoch:
+            others = self.peers.at(worker, epoch)
+            self._others_arrivals[row], self._others_work[row] = others.arrivals_per_s, others.utilization
+            self._changed.add(member)
 
     def _write(self, row: int, member: Member, standing: Standing, now: float) -> None:
         rows = self._rows
@@ -204,18 +236,22 @@ class Board:
     def _computing(
         self, keys: Sequence[BlockKey], device: NDArray[np.float64], most: int
     ) -> NDArray[np.float64] | None:
-        at_work = self.heads.of(keys)
-        if not at_work:
+        at_work, others = self.heads.of(keys), self.peers.computing(keys)
+        if not at_work and not others:
             return None
         row_of, members = self._row_of, self._members
         on_device = list(map(int, device.tolist()))
         depths: dict[int, int] = {}
+        for (worker, epoch), blocks in others.items():
+            row = row_of.get(worker)
+            if row is not None and members[row].lease.epoch == epoch and min(blocks, most) > on_device[row]:
+                depths[row] = min(blocks, most)
         for computing in at_work:
             row = row_of.get(computing.worker)
             if row is None or members[row].computing is not computing:
                 continue  # of a life that is over
             depth = computing.depth(keys, on_device[row], most)
-            if depth > on_device[row]:
+            if depth > depths.get(row, on_device[row]):
                 depths[row] = depth
         if not depths:
             return None
@@ -225,6 +261,7 @@ class Board:
 
     def _candidate(self, member: Member, ask: Ask, held: CachedPrefix | None, most: int) -> Candidate:
         standing, row = member.standing(), self._row_of[member.id]
+        others = self.peers.computing(ask.keys).get((member.id, member.lease.epoch), 0)
         blocks = min(held.device_blocks, most) if held is not None else 0
         return Candidate(
             worker=member.id,
@@ -235,7 +272,7 @@ class Board:
             slot_wait_s=standing.slot_wait_s,
             excluded=member.refusal(ask, standing.excluded),
             tier_tokens=min(held.num_blocks, most) * self._block_size if held is not None else 0,
-            computing_tokens=member.computing.depth(ask.keys, blocks, most) * self._block_size,
+            computing_tokens=max(member.computing.depth(ask.keys, blocks, most), min(others, most)) * self._block_size,
             running=standing.running,
             free_tokens=standing.free_tokens,
             reuse=float(self._rows.reuse[row]),

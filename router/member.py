@@ -15,6 +15,7 @@ from kvstore.block import BlockKey, WorkerId
 from kvstore.lease import Lease
 from router.computing import Chain, Computing, Heads
 from router.link_messages import AdmissionReport, WorkerLoad
+from router.peers import PeerLoads, SentLoad, marks
 from router.placement import Placement, Prompt
 from router.rates import Mean
 from router.worker_link import WorkerLink
@@ -59,9 +60,9 @@ class Ask:
 class Queue(NamedTuple):
     """Uncached prompt tokens ahead of a new request, by two accounts, of which the greater holds.
 
-    `reported`: by the worker, and what was sent since. `sent`: all that this router sent and saw no token of; the first
-    of it, `first` tokens, is being computed since `first_since`. The one account knows other routers, the other what
-    was on its way when the worker reported; each counts ours once.
+    `reported`: by the worker, and what was sent since. `sent`: all that this router sent and saw no token of, and what
+    the others say of theirs; the first of it, `first` tokens, is being computed since `first_since`. The one account
+    is the worker's own, the other knows what was on its way when the worker reported; each counts a request once.
     """
 
     reported: int
@@ -101,12 +102,12 @@ class Reservation:
     """A request's place at a worker, from the decision until `release`."""
 
     __slots__ = (
-        "_chain",
         "_clock",
         "_member",
         "_released",
         "_waiting",
         "ask",
+        "chain",
         "load_number",
         "num_answers",
         "placed_at",
@@ -118,7 +119,7 @@ class Reservation:
         self.ask = ask
         self.num_answers = ask.num_answers
         self.load_number = member.link.num_loads
-        self._chain = chain
+        self.chain = chain
         self._member = member
         self._clock = clock
         self.placed_at = clock()
@@ -161,11 +162,11 @@ class Reservation:
         has_run = not self._waiting
         self.started()
         now = self._clock()
-        self._member.close(self, self._chain, has_run, now, now - self.placed_at)
+        self._member.close(self, self.chain, has_run, now, now - self.placed_at)
 
 
 class Member:
-    """One life of a worker, as this router sees it.
+    """One life of a worker, as this router sees it. `peers`: what the other routers have there.
 
     `on_change` is called whenever its standing may have changed, `on_first` with what a first output tells.
     """
@@ -175,6 +176,7 @@ class Member:
         lease: Lease,
         link: WorkerLink,
         heads: Heads,
+        peers: PeerLoads,
         *,
         on_change: Callable[[Member], None] = lambda member: None,
         on_first: Callable[[Member, FirstOutput], None] = lambda member, first: None,
@@ -183,6 +185,7 @@ class Member:
         self.lease = lease
         self.link = link
         self.computing = Computing(self.id, heads)
+        self._peers = peers
         self.refused = ""
         self.ended = False
         self.said_draining = False
@@ -234,7 +237,14 @@ class Member:
 
     def in_flight(self, load: WorkerLoad) -> int:
         new = self._new_requests if self._counted_load == self.link.num_loads else 0
-        return max(self.num_open, load.running + load.waiting + new)
+        others = self._peers.at(self.id, self.lease.epoch).in_flight
+        return max(self.num_open + others, load.running + load.waiting + new)
+
+    def sent(self) -> SentLoad:
+        """What this router has there, for the other routers."""
+        chains = (waiting.chain for waiting in self._waiting)
+        found = dict.fromkeys(marks(chain.keys, chain.start) for chain in chains if chain is not None)
+        return SentLoad(self.lease.epoch, self._queued_tokens, self.num_open, b"".join(found))
 
     def standing(self) -> Standing:
         """As it is now."""
@@ -326,7 +336,8 @@ class Member:
         if self._waiting:
             oldest = next(iter(self._waiting))
             first, since = oldest.placement.uncached_tokens, max(oldest.placed_at, self._started_at)
-        return Queue(load.queued_tokens + new, self._queued_tokens, first, since)
+        others = self._peers.at(self.id, self.lease.epoch).queued_tokens
+        return Queue(load.queued_tokens + new, self._queued_tokens + others, first, since)
 
     def _slot_wait_s(self, in_flight: int) -> float:
         slots = self.lease.max_sequences

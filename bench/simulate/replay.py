@@ -23,6 +23,7 @@ from kvstore.block_pool import BlockPool
 from kvstore.events import Event
 from kvstore.memory_index import MemoryIndex
 from kvstore.scope import Region
+from router.peers import EVERY_S, Loads
 from router.placement import Prompt
 from worker.engine import LOAD_INTERVAL_S, Load, StepReport
 from worker.sequence import SequenceOutput
@@ -107,6 +108,7 @@ class Replay:
             SimulatedRouter(f"router-{number}", leases, self._index, POLICIES[policy]())
             for number in range(shape.routers)
         ]
+        self._said: dict[int, Loads] = {}
         self._to_come: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = count()
         self._fates: list[Fate] = []
@@ -118,6 +120,9 @@ class Replay:
         for request in self._trace.requests:
             self._fates.append(Fate(request.prompt, start + request.arrival_s))
         self._at(start, partial(self._arrive, 0))
+        if len(self._routers) > 1:
+            for number in range(len(self._routers)):
+                self._at(start + number * EVERY_S / len(self._routers), partial(self._exchange, number))
         now = start
         while self._left:
             left = self._left
@@ -198,6 +203,14 @@ class Replay:
             self._at(ended + self._shape.event_lag_s, partial(self._learn, names, report.events))
 
     # Routers
+
+    def _exchange(self, number: int, now: float) -> None:
+        """As over Redis: a router says what it sent, hears what the others last said, each in its own rhythm."""
+        router = self._routers[number]
+        router.now = now
+        self._said[number] = router.sent()
+        router.peers.take(said for other, said in self._said.items() if other != number)
+        self._at(now + EVERY_S, partial(self._exchange, number))
 
     def _hear(self, worker: str, outputs: Sequence[SequenceOutput], load: Load | None, now: float) -> None:
         for router in self._routers:

@@ -20,6 +20,7 @@ from kvstore.mirror import Mirror
 from router.fleet import Fleet
 from router.link_messages import AdmissionReport, WorkerLoad
 from router.member import Ask, Reservation
+from router.peers import Loads, PeerLoads
 from router.placement import Placement, Prompt
 from router.worker_link import WorkerLink
 from worker.engine import Load
@@ -89,6 +90,15 @@ class SimulatedRouter:
         self._reservations[number] = held
         self._outstanding[held.worker] += 1
         return held.worker
+
+    @property
+    def peers(self) -> PeerLoads:
+        """What the other routers said."""
+        return self._fleet.peers
+
+    def sent(self) -> Loads:
+        """What this router says to the others."""
+        return self._fleet.sent()
 
     def take_output(self, output: SequenceOutput) -> None:
         """A worker said something of a request."""
