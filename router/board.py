@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 
 import numpy as np
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from kvstore.block import BlockKey, WorkerId
@@ -19,7 +18,7 @@ from router.computing import Heads
 from router.cost import Columns, Held, cost
 from router.ghost import Ghost
 from router.member import Ask, FirstOutput, Member, Standing
-from router.peers import Loads, PeerLoads
+from router.peers import Loads, PeerLoads, SentLoad
 from router.placement import NO_WORKER, Candidate, Placement, Policy, choose
 from router.rates import LengthRates, Meters, seconds_per_token
 
@@ -112,14 +111,19 @@ class Board:
     def sent(self, now: float) -> Loads:
         """What this router sent to each worker, for the other routers."""
         arrivals, work = self._arrivals.per_second(now).tolist(), self._work.per_second(now).tolist()
-        rows = (row for row, member in enumerate(self._members) if member.num_open or arrivals[row] > LEAST_RATE)
+        s_per_token = self._rows.s_per_token
         return {
-            self._members[row].id: replace(
-                self._members[row].sent(),
-                arrivals_per_s=round(arrivals[row], RATE_DIGITS),
-                utilization=round(work[row], RATE_DIGITS),
+            member.id: SentLoad(
+                member.lease.epoch,
+                member.sent_tokens(now, float(s_per_token[row])) if member.num_open else 0,
+                member.num_open,
+                member.marks(),
+                round(arrivals[row], RATE_DIGITS),
+                round(work[row], RATE_DIGITS),
+                member.num_waiting,
             )
-            for row in rows
+            for row, member in enumerate(self._members)
+            if member.num_open or arrivals[row] > LEAST_RATE
         }
 
     # Columns
@@ -135,7 +139,7 @@ class Board:
         self._row_of = {member.id: row for row, member in enumerate(members)}
         self._rows = Columns.of([member.id for member in members])
         rates = [0.0 if row is None else float(self._rates[row]) for row in before]
-        self._reported, self._sent, self._first, self._first_since = np.zeros((4, len(members)))
+        self._reported, self._sent, self._first, self._first_since, self._others_queued = np.zeros((5, len(members)))
         self._rates = np.array(rates)
         others = [self.peers.at(member.id, member.lease.epoch) for member in members]
         self._others_arrivals = np.array([each.arrivals_per_s for each in others], float)
@@ -168,7 +172,7 @@ class Board:
                 named = zip(rows.workers, self._standing_reasons, strict=True)
                 self._reasons = tuple((worker, reason) for worker, reason in named if reason)
         done = np.maximum(now - self._first_since, 0.0) / rows.s_per_token
-        rows.queued = np.maximum(self._reported, self._sent - np.minimum(done, self._first))
+        rows.queued = np.maximum(self._reported, self._sent - np.minimum(done, self._first) + self._others_queued)
         rows.arrivals_per_s = self._arrivals.per_second(now) + self._others_arrivals
         rows.utilization = np.minimum(self._work.per_second(now) + self._others_work, MOST_UTILIZATION)
 
@@ -185,6 +189,7 @@ class Board:
         queue = standing.queue
         self._reported[row], self._sent[row] = queue.reported, queue.sent
         self._first[row], self._first_since[row] = queue.first, queue.first_since
+        self._others_queued[row] = queue.others
         rows.step_s[row] = standing.step_s
         rows.slot_s[row] = standing.slot_wait_s
         rows.running[row] = standing.running

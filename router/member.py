@@ -15,7 +15,7 @@ from kvstore.block import BlockKey, WorkerId
 from kvstore.lease import Lease
 from router.computing import Chain, Computing, Heads
 from router.link_messages import AdmissionReport, WorkerLoad
-from router.peers import PeerLoads, SentLoad, marks
+from router.peers import PeerLoads, marks
 from router.placement import Placement, Prompt
 from router.rates import Mean
 from router.worker_link import WorkerLink
@@ -60,15 +60,17 @@ class Ask:
 class Queue(NamedTuple):
     """Uncached prompt tokens ahead of a new request, by two accounts, of which the greater holds.
 
-    `reported`: by the worker, and what was sent since. `sent`: all that this router sent and saw no token of, and what
-    the others say of theirs; the first of it, `first` tokens, is being computed since `first_since`. The one account
-    is the worker's own, the other knows what was on its way when the worker reported; each counts a request once.
+    `reported`: by the worker, and what was sent since. `sent`: all that this router sent and saw no token of; the first
+    of it, `first` tokens, is being computed since `first_since`. `others`: what the other routers say of theirs, which
+    adds to it. The one account is the worker's own, the other knows what was on its way when the worker reported; each
+    counts a request once.
     """
 
     reported: int
     sent: int
     first: int
     first_since: float
+    others: int
 
 
 class Standing(NamedTuple):
@@ -102,13 +104,14 @@ class Reservation:
     """A request's place at a worker, from the decision until `release`."""
 
     __slots__ = (
+        "_chain",
         "_clock",
         "_member",
         "_released",
         "_waiting",
         "ask",
-        "chain",
         "load_number",
+        "marks",
         "num_answers",
         "placed_at",
         "placement",
@@ -119,10 +122,11 @@ class Reservation:
         self.ask = ask
         self.num_answers = ask.num_answers
         self.load_number = member.link.num_loads
-        self.chain = chain
+        self._chain = chain
         self._member = member
         self._clock = clock
         self.placed_at = clock()
+        self.marks = b"" if chain is None else marks(chain.keys, chain.start)
         self._released = False
         self._waiting = True
 
@@ -162,7 +166,7 @@ class Reservation:
         has_run = not self._waiting
         self.started()
         now = self._clock()
-        self._member.close(self, self.chain, has_run, now, now - self.placed_at)
+        self._member.close(self, self._chain, has_run, now, now - self.placed_at)
 
 
 class Member:
@@ -233,31 +237,36 @@ class Member:
     def queued_tokens(self) -> int:
         """Uncached prompt tokens ahead of a new request, those of the prompt that is being computed included."""
         queue = self._queue(self.load)
-        return max(queue.reported, queue.sent)
+        return max(queue.reported, queue.sent + queue.others)
 
     def in_flight(self, load: WorkerLoad) -> int:
         new = self._new_requests if self._counted_load == self.link.num_loads else 0
         others = self._peers.at(self.id, self.lease.epoch).in_flight
         return max(self.num_open + others, load.running + load.waiting + new)
 
-    def sent(self) -> SentLoad:
-        """What this router has there, for the other routers."""
-        chains = (waiting.chain for waiting in self._waiting)
-        found = dict.fromkeys(marks(chain.keys, chain.start) for chain in chains if chain is not None)
-        return SentLoad(self.lease.epoch, self._queued_tokens, self.num_open, b"".join(found))
+    def sent_tokens(self, now: float, s_per_token: float) -> int:
+        """Those of this router that are not computed yet."""
+        queue = self._queue(self.load)
+        return queue.sent - min(queue.first, int(max(0.0, now - queue.first_since) / s_per_token))
+
+    def marks(self) -> bytes:
+        """Those of the prompts that this router waits for."""
+        return b"".join([waiting.marks for waiting in self._waiting])
 
     def standing(self) -> Standing:
         """As it is now."""
         load = self.load
         in_flight = self.in_flight(load)
         promised = self._new_tokens if self._counted_load == self.link.num_loads else 0
-        own_waiting = self.num_open - self._num_started
+        others = self._peers.at(self.id, self.lease.epoch)
+        waiting = self.num_waiting + others.waiting
+        started = self._num_started + others.in_flight - others.waiting
         return Standing(
             queue=self._queue(load),
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             step_s=load.step_ms / 1e3 if in_flight else 0.0,
             slot_wait_s=self._slot_wait_s(in_flight),
-            running=max(self._num_started, load.running - own_waiting),
+            running=max(started, load.running - waiting),
             own_in_flight=self.num_open,
             in_flight=in_flight,
             free_tokens=max(0, load.free_blocks * self.lease.block_size - promised),
@@ -278,6 +287,11 @@ class Member:
         if min(prompt.num_positions, lease.max_held or prompt.num_positions) > self.num_slots:
             return KV_CAPACITY
         return standing or (TRIED if (self.id, lease.epoch) in ask.avoid else "")
+
+    @property
+    def num_waiting(self) -> int:
+        """Own sequences that have no first token."""
+        return self.num_open - self._num_started
 
     @property
     def num_slots(self) -> int:
@@ -337,7 +351,7 @@ class Member:
             oldest = next(iter(self._waiting))
             first, since = oldest.placement.uncached_tokens, max(oldest.placed_at, self._started_at)
         others = self._peers.at(self.id, self.lease.epoch).queued_tokens
-        return Queue(load.queued_tokens + new, self._queued_tokens + others, first, since)
+        return Queue(load.queued_tokens + new, self._queued_tokens, first, since, others)
 
     def _slot_wait_s(self, in_flight: int) -> float:
         slots = self.lease.max_sequences

@@ -31,6 +31,7 @@ _MOST_BLOCKS = 1 << 20
 class SentLoad(msgspec.Struct, frozen=True, array_like=True):
     """One router's requests at one worker. `computing`: marks of the prompts that it has no first token of.
 
+    `waiting`: of the sequences in flight those without a first token.
     `arrivals_per_s` and `utilization` (seconds of work a second): what it sent there of late.
     """
 
@@ -40,6 +41,7 @@ class SentLoad(msgspec.Struct, frozen=True, array_like=True):
     computing: bytes = b""
     arrivals_per_s: float = 0.0
     utilization: float = 0.0
+    waiting: int = 0
 
 
 Loads = dict[str, SentLoad]
@@ -54,6 +56,7 @@ class Total(NamedTuple):
     in_flight: int = 0
     arrivals_per_s: float = 0.0
     utilization: float = 0.0
+    waiting: int = 0
 
     def plus(self, load: SentLoad) -> Total:
         """With one more router's."""
@@ -62,6 +65,7 @@ class Total(NamedTuple):
             self.in_flight + load.in_flight,
             self.arrivals_per_s + load.arrivals_per_s,
             self.utilization + load.utilization,
+            self.waiting + load.waiting,
         )
 
 
