@@ -27,8 +27,9 @@ from kvstore.mirror import Mirror
 from kvstore.scope import Region, scope_root
 from router.fleet import Fleet
 from router.link_messages import AdmissionReport, WorkerLoad
-from router.member import Ask, Reservation
+from router.member import Reservation
 from router.placement import Prompt
+from router.standing import Ask
 from router.worker_link import WorkerLink
 
 BLOCK_SIZE = 16

@@ -17,15 +17,20 @@ from kvstore.index import CachedPrefix
 from router.computing import Heads
 from router.cost import Columns, Held, Pull, cost
 from router.ghost import Ghost
-from router.member import QUEUE_FULL, Ask, FirstOutput, Member, Standing
+from router.member import FirstOutput, Member
+from router.peers import Loads, PeerLoads, SentLoad
 from router.placement import NO_WORKER, Candidate, Placement, Policy, PullRates, choose
 from router.pulls import Givers, PullMeter
 from router.rates import LengthRates, Meters, seconds_per_token
+from router.standing import QUEUE_FULL, Ask, Standing
 
 MOST_UTILIZATION = 0.95
 CLEAN = 0.1
 """Of a time to first token that was for less than this share waiting, the rest says how fast the worker computes."""
 LEAST_TOKENS = 64
+LEAST_RATE = 1e-3
+RATE_DIGITS = 3
+"""Slower arrivals than one in a quarter of an hour are not told to other routers, and none with more digits."""
 RATE_NEWS = 0.02
 """A reported rate that moved by less than this share moves nothing."""
 
@@ -39,6 +44,7 @@ class Board:
 
     def __init__(self, block_size: int, now: float) -> None:
         self.heads = Heads()
+        self.peers = PeerLoads()
         self.lengths = LengthRates()
         self.ghost = Ghost()
         self.pulls = PullMeter()
@@ -129,6 +135,24 @@ class Board:
         if not admission.peer_lacks:
             self.pulls.add(admission.pulled_tokens * (1.0 + pull.others), admission.pull_s, now)
 
+    def sent(self, now: float) -> Loads:
+        """What this router sent to each worker, for the other routers."""
+        arrivals, work = self._arrivals.per_second(now).tolist(), self._work.per_second(now).tolist()
+        s_per_token = self._rows.s_per_token
+        return {
+            member.id: SentLoad(
+                member.lease.epoch,
+                member.sent_tokens(now, float(s_per_token[row])) if member.num_open else 0,
+                member.num_open,
+                member.marks(),
+                round(arrivals[row], RATE_DIGITS),
+                round(work[row], RATE_DIGITS),
+                member.num_waiting,
+            )
+            for row, member in enumerate(self._members)
+            if member.num_open or arrivals[row] > LEAST_RATE
+        }
+
     # Columns
 
     def _lay_out(self, members: list[Member]) -> None:
@@ -142,8 +166,11 @@ class Board:
         self._row_of = {member.id: row for row, member in enumerate(members)}
         self._rows = Columns.of([member.id for member in members])
         rates = [0.0 if row is None else float(self._rates[row]) for row in before]
-        self._reported, self._sent, self._first, self._first_since = np.zeros((4, len(members)))
+        self._reported, self._sent, self._first, self._first_since, self._others_queued = np.zeros((5, len(members)))
         self._rates = np.array(rates)
+        others = [self.peers.at(member.id, member.lease.epoch) for member in members]
+        self._others_arrivals = np.array([each.arrivals_per_s for each in others], float)
+        self._others_work = np.array([each.utilization for each in others], float)
         self._rows.s_per_token = seconds_per_token(self._rates)
         self._givers = Givers(len(members))
         self._standing_reasons = [""] * len(members)
@@ -157,6 +184,8 @@ class Board:
         """Write what changed since the last decision, and what time changes."""
         self.heads.expire(now)
         rows = self._rows
+        for worker, epoch in self.peers.news():
+            self._hear(worker, epoch)
         if self._changed:
             for member in self._changed:
                 row = self._row_of.get(member.id)
@@ -173,15 +202,24 @@ class Board:
                 self._reasons = tuple((worker, reason) for worker, reason in named if reason)
                 self._any_full = QUEUE_FULL in self._standing_reasons
         done = np.maximum(now - self._first_since, 0.0) / rows.s_per_token
-        rows.queued = np.maximum(self._reported, self._sent - np.minimum(done, self._first))
-        rows.arrivals_per_s = self._arrivals.per_second(now)
-        rows.utilization = np.minimum(self._work.per_second(now), MOST_UTILIZATION)
+        rows.queued = np.maximum(self._reported, self._sent - np.minimum(done, self._first) + self._others_queued)
+        rows.arrivals_per_s = self._arrivals.per_second(now) + self._others_arrivals
+        rows.utilization = np.minimum(self._work.per_second(now) + self._others_work, MOST_UTILIZATION)
+
+    def _hear(self, worker: WorkerId, epoch: int) -> None:
+        """Other routers have something else at a worker than they had."""
+        row = self._row_of.get(worker)
+        if row is not None and (member := self._members[row]).lease.epoch == epoch:
+            others = self.peers.at(worker, epoch)
+            self._others_arrivals[row], self._others_work[row] = others.arrivals_per_s, others.utilization
+            self._changed.add(member)
 
     def _write(self, row: int, member: Member, standing: Standing, now: float) -> None:
         rows = self._rows
         queue = standing.queue
         self._reported[row], self._sent[row] = queue.reported, queue.sent
         self._first[row], self._first_since[row] = queue.first, queue.first_since
+        self._others_queued[row] = queue.others
         rows.step_s[row] = standing.step_s
         rows.slot_s[row] = standing.slot_wait_s
         rows.running[row] = standing.running
@@ -235,18 +273,22 @@ class Board:
     def _computing(
         self, keys: Sequence[BlockKey], device: NDArray[np.float64], most: int
     ) -> NDArray[np.float64] | None:
-        at_work = self.heads.of(keys)
-        if not at_work:
+        at_work, others = self.heads.of(keys), self.peers.computing(keys)
+        if not at_work and not others:
             return None
         row_of, members = self._row_of, self._members
         on_device = list(map(int, device.tolist()))
         depths: dict[int, int] = {}
+        for (worker, epoch), blocks in others.items():
+            row = row_of.get(worker)
+            if row is not None and members[row].lease.epoch == epoch and min(blocks, most) > on_device[row]:
+                depths[row] = min(blocks, most)
         for computing in at_work:
             row = row_of.get(computing.worker)
             if row is None or members[row].computing is not computing:
                 continue  # of a life that is over
             depth = computing.depth(keys, on_device[row], most)
-            if depth > on_device[row]:
+            if depth > depths.get(row, on_device[row]):
                 depths[row] = depth
         if not depths:
             return None
@@ -256,6 +298,7 @@ class Board:
 
     def _candidate(self, member: Member, ask: Ask, held: CachedPrefix | None, most: int) -> Candidate:
         standing, row = member.standing(), self._row_of[member.id]
+        others = self.peers.computing(ask.keys).get((member.id, member.lease.epoch), 0)
         blocks = min(held.device_blocks, most) if held is not None else 0
         return Candidate(
             worker=member.id,
@@ -266,7 +309,7 @@ class Board:
             slot_wait_s=standing.slot_wait_s,
             excluded=member.refusal(ask, standing.excluded),
             tier_tokens=min(held.num_blocks, most) * self._block_size if held is not None else 0,
-            computing_tokens=member.computing.depth(ask.keys, blocks, most) * self._block_size,
+            computing_tokens=max(member.computing.depth(ask.keys, blocks, most), min(others, most)) * self._block_size,
             running=standing.running,
             free_tokens=standing.free_tokens,
             reuse=float(self._rows.reuse[row]),

@@ -20,12 +20,13 @@ from kvstore.scope import TenantId
 from pando.errors import InternalError, Unavailable
 from router.fleet import Fleet, FleetModel
 from router.link_messages import AdmissionReport, LinkOutput, SamplingChoice, Submission
-from router.member import Ask, Reservation
+from router.member import Reservation
 from router.placement import Placement, Prompt
 from router.prefix_catalog import PrefixRecord
 from router.recent import RecentPlacements
 from router.refusals import RETRY_AFTER_S, deadline_exceeded, no_worker, queues_full, raise_if_hopeless, too_long
 from router.scopes import Cover, Scopes
+from router.standing import Ask
 from router.tenants import NO_QUOTA, KvQuota
 from router.worker_link import LinkStream, WorkerLost
 

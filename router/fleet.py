@@ -23,8 +23,10 @@ from kvstore.mirror import Mirror
 from kvstore.scope import ScopeRoot
 from router.board import Board
 from router.link_messages import PinOrder, Purged, WorkerHello
-from router.member import Ask, Clock, FirstOutput, Member, Reservation, WorkerState
+from router.member import Clock, FirstOutput, Member, Reservation
+from router.peers import Loads, PeerLoads
 from router.placement import Candidate, Placement, Policy
+from router.standing import Ask, WorkerState
 from router.worker_link import WorkerLink
 
 __all__ = ["Ask", "Fleet", "FleetModel", "Reservation", "WorkerState", "WorkerView"]
@@ -160,6 +162,15 @@ class Fleet:
         self._board.placed(placement, ask.keys if ask.stores else (), now)
         return reservation
 
+    @property
+    def peers(self) -> PeerLoads:
+        """What the other routers sent, for whoever hears of it."""
+        return self._board.peers
+
+    def sent(self) -> Loads:
+        """What this router sent and has no answer to yet, for the others."""
+        return self._board.sent(self._clock())
+
     def explain(self, ask: Ask) -> Placement:
         """What `reserve` would decide, without reserving."""
         return self._board.decide(ask, self._index.match(ask.keys), self._clock(), (self._policy, self._turn))
@@ -227,6 +238,7 @@ class Fleet:
                 lease,
                 self._new_link(lease),
                 self._board.heads,
+                self._board.peers,
                 on_change=self._board.touch,
                 on_first=self._first_output,
             )

@@ -8,91 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import NamedTuple
 
 from kvstore.block import BlockKey, WorkerId
 from kvstore.lease import Lease
-from kvstore.scope import ScopeRoot
 from router.computing import Chain, Computing, Heads
 from router.crowd import Crowd
 from router.link_messages import AdmissionReport, PullOrder, WorkerLoad
-from router.placement import Placement, Prompt
+from router.peers import PeerLoads, marks
+from router.placement import Placement
 from router.pulls import Giver, timeout_s
 from router.rates import Mean
+from router.standing import (
+    CONTEXT_LENGTH,
+    IS_DRAINING,
+    KV_CAPACITY,
+    NOT_ASKED,
+    NOT_READY,
+    QUEUE_FULL,
+    TRIED,
+    Ask,
+    Queue,
+    Standing,
+    WorkerState,
+)
 from router.worker_link import WorkerLink
 
 Clock = Callable[[], float]
 
-# Why a candidate is excluded.
-NOT_READY = "not ready"
-IS_DRAINING = "draining"
-CONTEXT_LENGTH = "context length"
-KV_CAPACITY = "kv capacity"
-QUEUE_FULL = "queue full"
-TRIED = "already tried"
-NOT_ASKED = "not asked"
-
-NOBODY = ScopeRoot(b"")
 SERVICE_WEIGHT = 0.1
 LOAD_SHARE = 0.1
 """Until it is measured: a token loaded from the CPU tier takes this share of the time of one that is computed."""
-
-
-class WorkerState(Enum):
-    """As `pando.v1.WorkerState` names them, in lower case."""
-
-    CONNECTING = "connecting"
-    READY = "ready"
-    DRAINING = "draining"
-    REFUSED = "refused"
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """What a reservation is asked for. `keys`: of every full block; `stores`: whether the worker will publish them.
-
-    `owner` and `weight` are what the worker shares its queue by.
-    """
-
-    prompt: Prompt
-    keys: Sequence[BlockKey]
-    stores: bool = True
-    avoid: frozenset[tuple[WorkerId, int]] = frozenset()  # (worker, epoch) that this request has tried
-    only: WorkerId | None = None
-    num_answers: int = 1  # sequences that go on from the prompt, which is computed once
-    owner: ScopeRoot = NOBODY
-    weight: int = 1
-
-
-class Queue(NamedTuple):
-    """Uncached prompt tokens ahead of a new request, by two accounts, of which the greater holds.
-
-    `reported`: by the worker, and what was sent since. `sent`: all that this router sent and saw no token of; the first
-    of it, `first` tokens, is being computed since `first_since`. The one account knows other routers, the other what
-    was on its way when the worker reported; each counts ours once.
-    """
-
-    reported: int
-    sent: int
-    first: int
-    first_since: float
-
-
-class Standing(NamedTuple):
-    """What a worker is worth to any request: the fields of a `Candidate` that do not depend on the prompt."""
-
-    queue: Queue
-    prefill_tokens_per_s: float
-    step_s: float
-    slot_wait_s: float
-    running: int
-    own_in_flight: int
-    in_flight: int
-    free_tokens: int
-    load_share: float
-    confidence: float
-    excluded: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +64,7 @@ class Reservation:
         "_waiting",
         "ask",
         "load_number",
+        "marks",
         "num_answers",
         "placed_at",
         "placement",
@@ -145,6 +91,7 @@ class Reservation:
         self._source = source
         self._clock = clock
         self.placed_at = clock()
+        self.marks = b"" if chain is None else marks(chain.keys, chain.start)
         self._released = False
         self._waiting = True
 
@@ -195,7 +142,7 @@ class Reservation:
 
 
 class Member:
-    """One life of a worker, as this router sees it.
+    """One life of a worker, as this router sees it. `peers`: what the other routers have there.
 
     `on_change` is called whenever its standing may have changed, `on_first` with what a first output tells.
     """
@@ -205,6 +152,7 @@ class Member:
         lease: Lease,
         link: WorkerLink,
         heads: Heads,
+        peers: PeerLoads,
         *,
         on_change: Callable[[Member], None] = lambda member: None,
         on_first: Callable[[Member, FirstOutput], None] = lambda member, first: None,
@@ -214,6 +162,7 @@ class Member:
         self.link = link
         self.computing = Computing(self.id, heads)
         self.crowd = Crowd()
+        self._peers = peers
         self.refused = ""
         self.ended = False
         self.said_draining = False
@@ -267,24 +216,36 @@ class Member:
     def queued_tokens(self) -> int:
         """Uncached prompt tokens ahead of a new request, those of the prompt that is being computed included."""
         queue = self._queue(self.load)
-        return max(queue.reported, queue.sent)
+        return max(queue.reported, queue.sent + queue.others)
 
     def in_flight(self, load: WorkerLoad) -> int:
         new = self._new_requests if self._counted_load == self.link.num_loads else 0
-        return max(self.num_open, load.running + load.waiting + new)
+        others = self._peers.at(self.id, self.lease.epoch).in_flight
+        return max(self.num_open + others, load.running + load.waiting + new)
+
+    def sent_tokens(self, now: float, s_per_token: float) -> int:
+        """Those of this router that are not computed yet."""
+        queue = self._queue(self.load)
+        return queue.sent - min(queue.first, int(max(0.0, now - queue.first_since) / s_per_token))
+
+    def marks(self) -> bytes:
+        """Those of the prompts that this router waits for."""
+        return b"".join([waiting.marks for waiting in self._waiting])
 
     def standing(self) -> Standing:
         """As it is now."""
         load = self.load
         in_flight = self.in_flight(load)
         promised = self._new_tokens if self._counted_load == self.link.num_loads else 0
-        own_waiting = self.num_open - self._num_started
+        others = self._peers.at(self.id, self.lease.epoch)
+        waiting = self.num_waiting + others.waiting
+        started = self._num_started + others.in_flight - others.waiting
         return Standing(
             queue=self._queue(load),
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             step_s=load.step_ms / 1e3 if in_flight else 0.0,
             slot_wait_s=self._slot_wait_s(in_flight),
-            running=max(self._num_started, load.running - own_waiting),
+            running=max(started, load.running - waiting),
             own_in_flight=self.num_open,
             in_flight=in_flight,
             free_tokens=max(0, load.free_blocks * self.lease.block_size - promised),
@@ -312,6 +273,11 @@ class Member:
     def num_places(self) -> int:
         """Sequences that it takes, running and waiting; 0 where it did not say."""
         return self.lease.max_sequences + self.lease.max_waiting if self.lease.max_waiting else 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Own sequences that have no first token."""
+        return self.num_open - self._num_started
 
     @property
     def num_slots(self) -> int:
@@ -391,7 +357,8 @@ class Member:
         if self._waiting:
             oldest = next(iter(self._waiting))
             first, since = oldest.placement.uncached_tokens, max(oldest.placed_at, self._started_at)
-        return Queue(load.queued_tokens + new, self._queued_tokens, first, since)
+        others = self._peers.at(self.id, self.lease.epoch).queued_tokens
+        return Queue(load.queued_tokens + new, self._queued_tokens, first, since, others)
 
     def _slot_wait_s(self, in_flight: int) -> float:
         slots = self.lease.max_sequences

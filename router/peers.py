@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 import redis.asyncio
@@ -29,16 +29,47 @@ _MOST_BLOCKS = 1 << 20
 
 
 class SentLoad(msgspec.Struct, frozen=True, array_like=True):
-    """One router's requests at one worker. `computing`: marks of the prompts that it has no first token of."""
+    """One router's requests at one worker. `computing`: marks of the prompts that it has no first token of.
+
+    `waiting`: of the sequences in flight those without a first token.
+    `arrivals_per_s` and `utilization` (seconds of work a second): what it sent there of late.
+    """
 
     epoch: int
     queued_tokens: int
     in_flight: int
     computing: bytes = b""
+    arrivals_per_s: float = 0.0
+    utilization: float = 0.0
+    waiting: int = 0
 
 
 Loads = dict[str, SentLoad]
 Place = tuple[WorkerId, int]
+"""A worker and its epoch."""
+
+
+class Total(NamedTuple):
+    """What all others have at one place together; fields of `SentLoad`."""
+
+    queued_tokens: int = 0
+    in_flight: int = 0
+    arrivals_per_s: float = 0.0
+    utilization: float = 0.0
+    waiting: int = 0
+
+    def plus(self, load: SentLoad) -> Total:
+        """With one more router's."""
+        return Total(
+            self.queued_tokens + load.queued_tokens,
+            self.in_flight + load.in_flight,
+            self.arrivals_per_s + load.arrivals_per_s,
+            self.utilization + load.utilization,
+            self.waiting + load.waiting,
+        )
+
+
+NOTHING = Total()
 
 
 def marks(keys: Sequence[BlockKey], start: int) -> bytes:
@@ -55,29 +86,34 @@ class PeerLoads:
     """The sum of what the others say. Look-ups cost nothing where nobody says anything."""
 
     def __init__(self) -> None:
-        self._totals: dict[Place, tuple[int, int]] = {}
+        self._totals: dict[Place, Total] = {}
         self._places_of: dict[bytes, set[Place]] = {}
+        self._news: set[Place] = set()
 
     def take(self, said: Iterable[Loads]) -> None:
         """What all others say now, in place of what they said before."""
-        totals: dict[Place, tuple[int, int]] = {}
+        totals: dict[Place, Total] = {}
         places_of: dict[bytes, set[Place]] = {}
         for loads in said:
             for worker, load in loads.items():
                 place = (WorkerId(worker), load.epoch)
-                tokens, requests = totals.get(place, (0, 0))
-                totals[place] = tokens + load.queued_tokens, requests + load.in_flight
+                totals[place] = totals.get(place, NOTHING).plus(load)
                 for at in range(0, len(load.computing), KEY_BYTES):
                     places_of.setdefault(load.computing[at : at + KEY_BYTES], set()).add(place)
+        before = self._totals
+        self._news.update(place for place in totals.keys() | before.keys() if totals.get(place) != before.get(place))
         self._totals, self._places_of = totals, places_of
 
-    def queued_tokens(self, worker: WorkerId, epoch: int) -> int:
-        """Uncached prompt tokens that others sent there and wait for."""
-        return self._totals.get((worker, epoch), (0, 0))[0]
+    def at(self, worker: WorkerId, epoch: int) -> Total:
+        """What others sent there and wait for."""
+        return self._totals.get((worker, epoch), NOTHING)
 
-    def in_flight(self, worker: WorkerId, epoch: int) -> int:
-        """Requests that others have there."""
-        return self._totals.get((worker, epoch), (0, 0))[1]
+    def news(self) -> Collection[Place]:
+        """Where that is another than when this was last asked."""
+        if not self._news:
+            return ()
+        news, self._news = self._news, set()
+        return news
 
     def computing(self, keys: Sequence[BlockKey]) -> Mapping[Place, int]:
         """How many leading blocks of a prompt are computed where others sent a prompt with that head."""

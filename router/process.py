@@ -46,6 +46,7 @@ from router.limit_store import LimitStore
 from router.limits import LEASE_TTL_S, TIMEOUT_S, FleetLimits
 from router.metrics import Metrics
 from router.model_card import ModelCard, read_model_card
+from router.peers import PeerExchange
 from router.placement import Placement, Policy
 from router.prefix_catalog import PrefixCatalog
 from router.prefix_registry import PrefixRegistry
@@ -205,7 +206,18 @@ class RouterProcess:
         self._parts.push_async_callback(mirror.stop)
         await fleet.start()
         self._parts.push_async_callback(fleet.stop)
+        await self._exchange_loads(fleet)
         return index, mirror, fleet
+
+    async def _exchange_loads(self, fleet: Fleet) -> None:
+        settings = self._settings
+        client = _redis_client(settings.redis, timeout_s=TIMEOUT_S)
+        self._parts.push_async_callback(client.aclose)
+        exchange = PeerExchange(
+            client, settings.cluster, router=self._router_id, own=fleet.sent, loads=fleet.peers, clock=time.monotonic
+        )
+        self._parts.push_async_callback(exchange.stop)
+        await exchange.start()
 
     async def _share_prefixes(
         self, fleet: Fleet, authenticator: Authenticator, secret: bytes, model: str

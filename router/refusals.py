@@ -6,8 +6,8 @@ Knows reasons, no request. Invariant: what another try could change says after h
 from __future__ import annotations
 
 from pando.errors import DeadlineExceeded, InvalidRequest, ResourceExhausted, Unavailable
-from router.member import CONTEXT_LENGTH, KV_CAPACITY, QUEUE_FULL, TRIED
 from router.placement import Placement
+from router.standing import CONTEXT_LENGTH, KV_CAPACITY, QUEUE_FULL, TRIED
 
 RETRY_AFTER_S = 1.0
 

@@ -14,6 +14,7 @@ from functools import partial
 from itertools import count
 
 from bench.simulate.baselines import ONE_POOL, POLICIES
+from bench.simulate.exchange import Exchange
 from bench.simulate.replica import ROOT, Replica, ReplicaShape
 from bench.simulate.routers import SimulatedRouter
 from bench.simulate.trace import Trace, TraceRequest
@@ -107,6 +108,8 @@ class Replay:
             SimulatedRouter(f"router-{number}", leases, self._index, POLICIES[policy]())
             for number in range(shape.routers)
         ]
+        self._start = max(place.replica.now for place in self._places.values())
+        self._exchange = Exchange(self._routers, self._start)
         self._to_come: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = count()
         self._fates: list[Fate] = []
@@ -114,11 +117,12 @@ class Replay:
 
     def run(self, say: Say = lambda done: None) -> Outcome:
         """Until every request has ended; `say` is told how many have."""
-        start = max(place.replica.now for place in self._places.values())
-        for request in self._trace.requests:
+        now = start = self._start
+        for number, request in enumerate(self._trace.requests):
             self._fates.append(Fate(request.prompt, start + request.arrival_s))
+            for at, router in self._exchange.wanted(number % len(self._routers), start + request.arrival_s):
+                self._at(at, partial(self._exchange.say, router))
         self._at(start, partial(self._arrive, 0))
-        now = start
         while self._left:
             left = self._left
             now, _, act = heapq.heappop(self._to_come)
@@ -153,6 +157,7 @@ class Replay:
         tie_key = keys[self._trace.head] if self._trace.head < len(keys) else token_ids.tobytes()
         router = self._routers[number % len(self._routers)]
         router.now = now
+        self._exchange.hear(number % len(self._routers), now)
         prompt = Prompt(request.prompt, request.answer, tie_key)
         worker = router.place(number, prompt, keys, request.session.encode() or tie_key)
         if worker is None:

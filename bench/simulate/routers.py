@@ -19,8 +19,10 @@ from kvstore.memory_index import MemoryIndex
 from kvstore.mirror import Mirror
 from router.fleet import Fleet
 from router.link_messages import AdmissionReport, WorkerLoad
-from router.member import Ask, Reservation
+from router.member import Reservation
+from router.peers import Loads, PeerLoads
 from router.placement import Placement, Prompt
+from router.standing import Ask
 from router.worker_link import WorkerLink
 from worker.engine import Load
 from worker.sequence import AdmissionFacts, SequenceOutput
@@ -89,6 +91,15 @@ class SimulatedRouter:
         self._reservations[number] = held
         self._outstanding[held.worker] += 1
         return held.worker
+
+    @property
+    def peers(self) -> PeerLoads:
+        """What the other routers said."""
+        return self._fleet.peers
+
+    def sent(self) -> Loads:
+        """What this router says to the others."""
+        return self._fleet.sent()
 
     def take_output(self, output: SequenceOutput) -> None:
         """A worker said something of a request."""

@@ -53,11 +53,11 @@ async def test_each_hears_the_sum_of_the_others(redis_url: str) -> None:
     for number, router in enumerate(routers):
         router.sent = {"w1": SentLoad(5, 10 ** (number + 1), 1)}
         await router.start()
-    await until(lambda: [r.heard.queued_tokens(W1, 5) for r in routers] == [1100, 1010, 110])
+    await until(lambda: [r.heard.at(W1, 5).queued_tokens for r in routers] == [1100, 1010, 110])
     routers[2].sent = {}
-    await until(lambda: routers[0].heard.queued_tokens(W1, 5) == 100)
+    await until(lambda: routers[0].heard.at(W1, 5).queued_tokens == 100)
     await routers[1].stop()
-    await until(lambda: routers[0].heard.in_flight(W1, 5) == 0)
+    await until(lambda: routers[0].heard.at(W1, 5).in_flight == 0)
     for router in (routers[0], routers[2]):
         await router.stop()
 
@@ -67,12 +67,12 @@ async def test_a_router_that_died_and_a_redis_that_is_away_are_forgotten(own_red
     other.sent = {"w1": SentLoad(1, 10, 1)}
     await one.start()
     await other.start()
-    await until(lambda: one.heard.queued_tokens(W1, 1) == 10)
+    await until(lambda: one.heard.at(W1, 1).queued_tokens == 10)
     own_redis.stop()
-    await until(lambda: one.heard.queued_tokens(W1, 1) == 0)
+    await until(lambda: one.heard.at(W1, 1).queued_tokens == 0)
     own_redis.start()
     await one.client.zadd("c:routers", {"one": 2**52, "other": 2**52, "dead": 2**52})
     await one.client.set("c:router:dead:sent", b"\xc1 garbage", px=500)
-    await until(lambda: one.heard.queued_tokens(W1, 1) == 10)
+    await until(lambda: one.heard.at(W1, 1).queued_tokens == 10)
     await one.stop()
     await other.stop()

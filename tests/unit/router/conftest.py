@@ -20,8 +20,9 @@ from kvstore.mirror import Mirror
 from pando.worker.v1 import worker_pb2 as pb
 from router.fleet import Fleet
 from router.link_messages import WorkerLoad
-from router.member import Ask, Reservation
+from router.member import Reservation
 from router.placement import Prompt
+from router.standing import Ask
 from router.worker_link import WorkerLink
 
 BLOCK = 16

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from kvstore.block import BlockKey
 from kvstore.events import CPU, BlocksStored
 from router.link_messages import AdmissionReport
-from router.member import Ask, Reservation
+from router.member import Reservation
 from router.placement import Candidate, Prompt, place
+from router.standing import Ask
 from tests.unit.router.conftest import Stage
 
 NAMES = ("a", "b", "c", "d", "e")

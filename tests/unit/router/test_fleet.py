@@ -11,8 +11,9 @@ import pytest
 from kvstore.block import BlockKey
 from kvstore.block_key import key_fingerprint
 from router.fleet import WorkerState
-from router.member import CONTEXT_LENGTH, IS_DRAINING, KV_CAPACITY, NOT_READY, QUEUE_FULL, TRIED, Reservation
+from router.member import Reservation
 from router.placement import Placement
+from router.standing import CONTEXT_LENGTH, IS_DRAINING, KV_CAPACITY, NOT_READY, QUEUE_FULL, TRIED
 
 pytestmark = pytest.mark.asyncio
 Keys = Callable[[str, int], list[BlockKey]]

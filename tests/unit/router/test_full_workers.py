@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from kvstore.scope import ScopeRoot
-from router.member import QUEUE_FULL, Reservation
+from router.member import Reservation
 from router.placement import Placement
+from router.standing import QUEUE_FULL
 
 pytestmark = pytest.mark.asyncio
 

@@ -17,12 +17,12 @@ def chain(length: int, seed: int = 0) -> list[BlockKey]:
 
 def test_loads_add_up_by_worker_and_life() -> None:
     peers = PeerLoads()
-    assert (peers.queued_tokens(W1, 1), peers.in_flight(W1, 1)) == (0, 0)
+    assert (peers.at(W1, 1).queued_tokens, peers.at(W1, 1).in_flight) == (0, 0)
     peers.take([{"w1": SentLoad(1, 100, 2), "w2": SentLoad(4, 7, 1)}, {"w1": SentLoad(1, 50, 3)}])
-    assert (peers.queued_tokens(W1, 1), peers.in_flight(W1, 1)) == (150, 5)
-    assert (peers.queued_tokens(W2, 4), peers.queued_tokens(W2, 3)) == (7, 0)
+    assert (peers.at(W1, 1).queued_tokens, peers.at(W1, 1).in_flight) == (150, 5)
+    assert (peers.at(W2, 4).queued_tokens, peers.at(W2, 3).queued_tokens) == (7, 0)
     peers.take([])
-    assert peers.in_flight(W1, 1) == 0
+    assert peers.at(W1, 1).in_flight == 0
 
 
 def test_a_worker_is_found_by_the_head_that_another_router_sent_it() -> None:

@@ -13,8 +13,9 @@ from kvstore.block import BlockKey
 from kvstore.block_key import key_fingerprint
 from router.fleet import WorkerState
 from router.link_messages import AdmissionReport
-from router.member import NOT_READY, Reservation
+from router.member import Reservation
 from router.placement import Placement
+from router.standing import NOT_READY
 
 pytestmark = pytest.mark.asyncio
 Keys = Callable[[str, int], list[BlockKey]]
