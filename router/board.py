@@ -94,7 +94,8 @@ class Board:
     @property
     def can_pull(self) -> bool:
         """Whether there are workers that can give blocks to each other."""
-        return self._givers.can_give
+        formats = [member.payload_format for member in self._members if member.payload_format]
+        return len(set(formats)) < len(formats)
 
     def pull_rates(self, now: float) -> PullRates:
         """What blocks of another worker cost at present."""

@@ -13,7 +13,8 @@ import pytest
 
 from kvstore.block import BlockKey, WorkerId
 from kvstore.events import CPU, BlocksStored
-from router.link_messages import AdmissionReport, PullOrder, SamplingChoice, Submission, submit_message
+from kvstore.scope import ScopeRoot
+from router.link_messages import AdmissionReport, PullOrder, Purged, SamplingChoice, Submission, submit_message
 from router.placement import Candidate, Pull
 from router.pulls import (
     FIRST_SHARE,
@@ -267,3 +268,21 @@ def test_a_lease_of_before_says_that_it_gives_nothing() -> None:
     document = msgspec.json.decode(msgspec.json.encode(lease))
     del document["payload_format"]
     assert msgspec.convert(document, type(lease)).payload_format == ""
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("formats", "times"), [(("x", "x"), 2), (("x", "y"), 1)])
+async def test_a_purge_asks_again_for_what_was_on_its_way(stage: Stage, formats: tuple[str, str], times: int) -> None:
+    asked: list[str] = []
+    for name, payload_format in zip("ab", formats, strict=True):
+        stage.add(name, payload_format=payload_format)
+
+        async def purge(roots: object, timeout_s: float, name: str = name) -> Purged:
+            asked.append(name)
+            return Purged(3, 2, 4 - len(asked))
+
+        stage.link(name).purge = purge  # type: ignore[method-assign, assignment]
+    answers = await stage.fleet.purge([ScopeRoot(b"r" * 16)], 1.0)
+    assert sorted(asked) == sorted("ab" * times)
+    assert asked[:2] == ["a", "b"]
+    assert answers["a"] == (Purged(6, 4, 1) if times == 2 else Purged(3, 2, 3))
