@@ -245,6 +245,8 @@ class Store:
             return
         self.counts["copied"] += len(shared)
         self.copy_now(running)
+        if start < end:
+            self.keep_own(running, start)
         for position in range(start, end):
             block = BlockId(table.block_ids[position // SIZE])
             assert self.pool.references(block) == 1 and not self.pool.is_sealed(block)
@@ -256,10 +258,19 @@ class Store:
         if running.computed == len(running.tokens) < 24:
             running.tokens.append(token)
 
+    def keep_own(self, running: Running, start: int) -> None:
+        """The block of a published end that was purged goes on as the private one of whoever held it."""
+        first = start // SIZE * SIZE
+        for position in range(first, start):
+            block = running.table.block_ids[first // SIZE]
+            digest, scope = self.kv[block][position % SIZE]
+            assert self.may_read(running, position, scope)
+            self.kv[block][position % SIZE] = (digest, root_at(running.regions, first))
+
     def seal(self, running: Running) -> None:
         """What ends where a published head does is there for others from now on, and holds nothing behind it."""
         table, end = running.table, running.computed
-        room, sealing = self.pool.num_available, table._sealing
+        sealing = table._sealing
         is_end = table.seal(running.tokens, end)
         if end not in running.ends():
             assert not is_end
@@ -275,7 +286,7 @@ class Store:
             ]
             self.kv[block] = [(digest, root) for digest, _ in self.kv[block][: end - first]]
             self.kv[block] += [POISON] * (first + SIZE - end)
-        parent = table._tip
+        parent, room = table._tip, is_end or self.pool.num_available  # after full blocks were sealed
         if table._sealing and room and self.key_bits == 128 and (parent == NO_BLOCK or self.pool.is_sealed(parent)):
             wanted, number = running.tokens[first:end].tobytes(), self.pool.number(parent)
             children = self.pool.contents.children.of(number)
