@@ -117,6 +117,8 @@ class Board:
         own_s = first.seconds - waited_s
         if terms.pull is not None or waited_s > CLEAN * first.seconds or own_s <= 0 or computed <= 0:
             return
+        if self.peers.at(member.id, member.lease.epoch).waiting:
+            return  # it may have waited for theirs
         average_s = computed * float(self._rows.s_per_token[row])
         if not admission.cached_cpu and computed >= LEAST_TOKENS:
             self.lengths.learn(first.placement.num_tokens, own_s, average_s)

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import PurePath
 
 from kvstore.block import BlockKey, WorkerId
@@ -253,7 +253,7 @@ class Fleet:
             self._link_changed(worker)
 
     def _new_link(self, lease: Lease) -> WorkerLink:
-        fingerprint = _fingerprint(lease, self._block_size)
+        fingerprint = _fingerprint(lease.model_fingerprint, self._block_size)
         hello = WorkerHello(lease.worker_id, lease.epoch, self._block_size, fingerprint)
         on_change = partial(self._link_changed, WorkerId(lease.worker_id))
         return self._link_type(lease.address, router=self._router, expected=hello, on_change=on_change)
@@ -337,7 +337,7 @@ class Fleet:
             return f"its block size is {lease.block_size}, the router's {self._block_size}"
         if PurePath(lease.model).name != self._model:
             return f"it serves {lease.model}, the router {self._model}"
-        if lease.key_fingerprint != _fingerprint(lease, self._block_size):
+        if lease.key_fingerprint != _fingerprint(lease.model_fingerprint, self._block_size):
             return "its key fingerprint differs: it would name blocks otherwise"
         return ""
 
@@ -362,10 +362,11 @@ class Fleet:
         )
 
 
-def _fingerprint(lease: Lease, block_size: int) -> str:
-    """What the lease's key fingerprint must be; empty for a model fingerprint that is none."""
+@lru_cache(maxsize=16)
+def _fingerprint(model_fingerprint: str, block_size: int) -> str:
+    """What a lease's key fingerprint must be; empty for a model fingerprint that is none."""
     try:
-        return key_fingerprint(bytes.fromhex(lease.model_fingerprint), block_size)
+        return key_fingerprint(bytes.fromhex(model_fingerprint), block_size)
     except ValueError:
         return ""
 

@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         units = arguments.units or min(DEFAULT_UNITS, arguments.block_size)
         trace = read_trace(_find(arguments.trace), arguments.block_size, units, arguments.limit)
+        trace = trace.spread() if arguments.spread else trace
         shape = _shape(arguments)
     except ConfigError as error:
         print(f"bench.simulate: {error}", file=sys.stderr)
@@ -115,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--cache-fraction", type=float, default=0.3, help="all caches over the trace's distinct blocks")
     parser.add_argument("--limit", type=int, help="the first requests only")
+    parser.add_argument("--spread", action="store_true", help="equal timestamps: spread evenly until the next one")
     parser.add_argument("--policy", choices=("all", *POLICIES), default="all")
     parser.add_argument("--routers", type=int, default=1)
     parser.add_argument("--load", type=float, default=0.9, help="of the fleet, if nothing were found in a cache")

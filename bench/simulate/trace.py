@@ -10,8 +10,8 @@ import io
 import json
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,15 @@ class Trace:
             hits += min(known * self.units, request.prompt - 1)
             seen.update(request.hash_ids)
         return hits / self.prompt
+
+    def spread(self) -> Trace:
+        """The same with requests of one timestamp spread evenly until the next: a trace's clock may tick in seconds."""
+        ticks = [list(tick) for _, tick in groupby(self.requests, key=lambda request: request.arrival_s)]
+        spread: list[TraceRequest] = []
+        for tick, following in zip(ticks, [*ticks[1:], ticks[-1]], strict=True):
+            step_s = (following[0].arrival_s - tick[0].arrival_s) / len(tick)
+            spread += (replace(one, arrival_s=one.arrival_s + at * step_s) for at, one in enumerate(tick))
+        return replace(self, requests=tuple(spread))
 
     def tokens(self, request: TraceRequest) -> array[int]:
         """The prompt's token ids: those of a block follow from its hash id."""

@@ -77,6 +77,11 @@ def test_tokens_agree_exactly_as_far_as_hash_ids_do(write: Write) -> None:
     assert third[32:] == third[-1:] * (38 - 32) and third[-1] not in first
 
 
+def test_requests_of_one_timestamp_are_spread_until_the_next(write: Write) -> None:
+    trace = read_trace(write([row(at, 64, 1, n) for n, at in enumerate((0, 0, 0, 3000, 9000, 9000))]), 64, 16).spread()
+    assert [request.arrival_s for request in trace.requests] == pytest.approx([0.0, 1.0, 2.0, 3.0, 9.0, 9.0])
+
+
 def test_the_first_rows_of_a_plain_file(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text("".join(json.dumps(row(1000 * n, 64, 1, n)) + "\n" for n in range(5)))
@@ -135,6 +140,15 @@ def test_nobody_knows_of_blocks_before_the_lag(write: Write) -> None:
         shape = FleetShape(workers=2, event_lag_s=lag_s, cache_fraction=4.0)
         outcome = Replay(trace, shape, "longest_prefix_10").run()
         assert outcome.fates[-1].cached == cached
+
+
+def test_a_router_knows_what_another_one_sent_a_moment_ago(write: Write) -> None:
+    """Long prompts come to two routers in turn, each a tenth of a second after the other, and no worker gets two."""
+    rows = [row(3000 * (n // 2) + 120 * (n % 2), 6400, 1, *range(100 * n, 100 * n + 100)) for n in range(20)]
+    trace = read_trace(write(rows), 64, 16)
+    ttfts = [fate.ttft_s for fate in Replay(trace, FleetShape(workers=8, routers=2, load=0.2), "pando").run().fates]
+    alone = [fate.ttft_s for fate in Replay(trace, FleetShape(workers=8, load=0.2), "pando").run().fates]
+    assert ttfts == pytest.approx(alone)
 
 
 def test_equal_replays_are_equal(conversations: Trace) -> None:

@@ -14,6 +14,7 @@ from kvstore.block import BlockKey
 from kvstore.events import CPU, BlocksStored
 from router.link_messages import AdmissionReport
 from router.member import Reservation
+from router.peers import SentLoad, marks
 from router.placement import Candidate, Prompt, place
 from router.standing import Ask
 from tests.unit.router.conftest import Stage
@@ -23,7 +24,7 @@ NAMES = ("a", "b", "c", "d", "e")
 acts = st.lists(
     st.tuples(
         st.sampled_from(
-            ("reserve", "reserve", "start", "release", "load", "store", "store_cpu", "drain", "break", "new")
+            ("reserve", "reserve", "start", "release", "load", "store", "store_cpu", "drain", "break", "new", "hear")
         ),
         st.integers(0, 4),
         st.integers(0, 9),
@@ -35,7 +36,7 @@ acts = st.lists(
 def prompt_keys(family: int, count: int) -> list[BlockKey]:
     """Prompts of one family share their first three blocks."""
     return [
-        BlockKey(bytes([block * 7 % 256]) + f"{family % 3 if block < 3 else family}/{block}".encode())
+        BlockKey(bytes([block * 7 % 256]) + f"{family % 3 if block < 3 else family}/{block}".encode().ljust(15))
         for block in range(count)
     ]
 
@@ -69,6 +70,9 @@ def act(stage: Stage, held: list[Reservation], what: str, which: int, number: in
             stage.link(worker).say_load(draining=number % 2 == 0)
         case "break":
             stage.link(worker).break_off() if number % 2 else stage.link(worker).come_up()
+        case "hear":
+            load = SentLoad(1, 700 * number, number, marks(keys, 0), number / 10, number / 20, number // 2)
+            stage.fleet.peers.take([{worker: load}] if number else [])
         case "new":
             life = {"epoch": stage.fleet.epoch_of(worker) + 1, "payload_format": "x" if number % 3 else "y"}
             stage.mirror.say(stage.lease(worker, **life))
@@ -134,4 +138,24 @@ async def test_a_decision_looks_at_holders_and_builds_no_candidate(monkeypatch: 
     assert made.reserve(keys, num_tokens=130).worker == names[7]
     assert len(looks) <= 4 and "Candidate" not in looks
     assert len(made.fleet.candidates(made.ask(keys))) == 200
+    await made.fleet.stop()
+
+
+@pytest.mark.asyncio
+async def test_what_others_sent_counts_as_queue_and_as_head_until_they_say_otherwise() -> None:
+    made = Stage()
+    await made.fleet.start()
+    made.add("a", "b")
+    keys = prompt_keys(1, 8)
+    made.fleet.peers.take([{"a": SentLoad(1, 5000, 1, waiting=1)}])
+    assert made.fleet.explain(made.ask(keys, num_tokens=130)).worker == "b"
+    made.fleet.peers.take([{"a": SentLoad(1, 100, 1, marks(keys, 0), waiting=1)}])
+    decided = made.fleet.explain(made.ask(keys, num_tokens=130))
+    assert (decided.worker, decided.predicted_cached, decided.terms[0].plan) == ("a", 128, "wait")
+    held = made.reserve(keys, num_tokens=130)
+    told = made.fleet.sent()["a"]
+    assert (told.in_flight, told.waiting, told.computing) == (1, 1, marks(keys, 0))
+    held.release()
+    made.fleet.peers.take([])
+    assert made.fleet._board.peers.at(held.worker, 1).in_flight == 0
     await made.fleet.stop()
