@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Container
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ import xxhash
 
 from kvstore.block import BlockId
 from kvstore.exchange import Export, Import
-from kvstore.scope import Region, ScopeRoot
+from kvstore.scope import Region
 from pando.errors import InvalidRequest
 from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
@@ -113,12 +113,10 @@ class BlockPeers:
             waiting.task.cancel()
             self._engine.submit(waiting.request)
 
-    def hurry_all(self, owners: Container[ScopeRoot] | None = None) -> None:
-        """The same for every request that waits, or for those of these owners."""
-        waiting = {one.request.sequence_id: one.request for one in self._waiting.values()}
-        for engine_id, request in waiting.items():
-            if owners is None or request.owner in owners:
-                self.hurry(engine_id)
+    def hurry_all(self) -> None:
+        """Nothing that is on its way is wanted any more."""
+        for waiting in list(self._waiting.values()):
+            self.hurry(waiting.request.sequence_id)
 
     async def stop(self) -> None:
         """End what waits, and the connections."""

@@ -174,11 +174,9 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
 
     async def Purge(self, request: pb.PurgeRequest, context: Context) -> pb.PurgeResponse:
         if self._peers is not None:
-            self._peers.hurry_all()
+            self._peers.hurry_all()  # the engine ends what it has, and what is on its way is void
         try:
             roots = purge_roots(request)
-            if self._peers is not None:
-                self._peers.hurry_all(roots)  # the engine ends what it has
             count = await asyncio.wrap_future(self._engine.purge(roots))
         except InvalidRequest:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a scope root has 16 bytes")

@@ -17,7 +17,9 @@ import pytest
 import redis
 
 from kvstore.block import WorkerId
+from kvstore.events import CPU
 from kvstore.lease import Lease, redis_key
+from kvstore.planted import planted_keys
 from kvstore.scope import TenantId
 from pando.errors import Unavailable
 from pando.v1 import admin_pb2, admin_pb2_grpc, inference_pb2
@@ -131,7 +133,9 @@ async def test_a_purge_while_blocks_are_on_their_way_leaves_none(_shared_redis: 
             with pytest.raises(Unavailable):
                 await asked
             await asyncio.sleep(0.5)  # what came late would have come
-            assert router.index.num_blocks(WorkerId("w1")) == 0
+            planted = planted_keys(model.model_fingerprint, model.block_size)
+            assert router.index.keys_of(WorkerId("w1")) == set(planted)
+            assert not router.index.keys_of(WorkerId("w1"), CPU)
             clean = await router.ask("a", token_ids)
             assert admission_of(clean).cached_tokens == admission_of(clean).pulled_tokens == 0
             assert tokens_of(clean) == tokens_of(expected)
