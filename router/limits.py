@@ -1,7 +1,8 @@
 """What a tenant may use of the whole fleet, whichever routers it comes through: places in flight, requests, tokens.
 
 Holds small leases of the shared counters, so most requests ask nobody. Knows no queue and no worker. Invariant: a place
-is given back once; while Redis is away each router grants its even part, so a limit is neither lost nor multiplied.
+is given back once; while Redis is away each router grants its even part, one place at least, so a limit is neither lost
+nor multiplied, but where it is smaller than the number of routers.
 """
 
 from __future__ import annotations
