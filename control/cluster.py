@@ -29,6 +29,9 @@ from control.supervisor import Patience, WorkerStatus
 from pando.errors import ConfigError, Unavailable
 from pando.settings import WorkerSettings, narrow
 
+log = logging.getLogger(__name__)
+
+_NOT_IN_TIME = "timed out during startup"
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024
 _CALL_TIMEOUT_S = 30.0
 
@@ -103,6 +106,16 @@ class Cluster:
     def _start_local(self) -> Any:
         os.environ.update(_local_environment())
         Config.initialize("")  # Ray read its settings when it was imported; it knows no public way to read them again
+        try:
+            return self._init_local()
+        except Exception as error:  # Ray has no type for it
+            if _NOT_IN_TIME not in str(error):
+                raise
+        log.warning("Ray did not come up in its time and is started once more")
+        self.stop()
+        return self._init_local()
+
+    def _init_local(self) -> Any:
         short = "/tmp" if len(tempfile.gettempdir()) > 40 else None  # Ray's unix sockets lie below it
         self._sweeper = Sweeper("pando-ray-", short)
         with _on_loopback():

@@ -106,6 +106,8 @@ class Generation:
         async with self._entered(tenant, checked.request_id, deadline) as request_id:
             prompt = await self._encode(checked)
             await self._admission.charge(tenant, len(prompt))
+            if self._clock() >= deadline:
+                raise DeadlineExceeded("the deadline passed before the prompt was read")
             sampling = _sampling(checked, fit_max_tokens(checked, len(prompt), card))
             request = TokenRequest(
                 request_id=request_id,

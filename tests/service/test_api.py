@@ -820,11 +820,18 @@ async def test_deadlines_end_the_work(start: Start) -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_deadline_that_passed_starts_no_work(house: House) -> None:
+async def test_a_deadline_that_passed_starts_no_work(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = Tokenizer.encode
+
+    async def slowly(tokenizer: Tokenizer, text: str) -> array[int]:
+        await asyncio.sleep(0.4)
+        return await encode(tokenizer, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", slowly)
     async with house.client() as client:
         with pytest.raises(DeadlineExceeded):
-            await client.generate(text="x", timeout=1e-6)
-    await asyncio.sleep(0.05)
+            await client.generate(text="x", timeout=0.1)
+    await asyncio.sleep(0.6)
     assert not house.fleet.requests
 
 

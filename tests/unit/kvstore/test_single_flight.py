@@ -197,3 +197,17 @@ def test_leaders_may_go_at_any_time(seed: int) -> None:
     loop.run()
     assert len(loop.pool.flights) == 0 and loop.pool.num_referenced == 0
     loop.pool.check(deep=True)
+
+
+def test_nobody_waits_for_another_scope_whose_key_collides() -> None:
+    """With keys of one bit half of all pairs collide; the tokens are the same, so only the scope tells them apart."""
+    for start in range(0, 1600, 100):
+        pool = BlockPool(16, SIZE, key_bits=1)
+        tokens = prompt(2 * SIZE + 1, start)
+        leader, stranger, sibling = (BlockTable(pool, regions) for regions in (OWN_A, OWN_B, OWN_A))
+        leader.attach_prefix(tokens, len(tokens) - 1)
+        assert leader.reserve(len(tokens))
+        stranger.attach_prefix(tokens, len(tokens) - 1)
+        assert stranger.pending is None
+        sibling.attach_prefix(tokens, len(tokens) - 1)
+        assert sibling.pending is not None
