@@ -147,7 +147,7 @@ class Story:
                 if not self._open():
                     raise StopAsyncIteration
                 await self._advance()
-        except BaseException:
+        except BaseException:  # however the story ends, its place is given back
             self._close()
             raise
         return self._deltas.popleft()

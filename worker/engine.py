@@ -96,7 +96,7 @@ class _Call:
             return
         try:
             self.answer.set_result(self._work())
-        except BaseException as error:
+        except BaseException as error:  # whoever waits must not wait for ever; the engine ends all the same
             self.answer.set_exception(error)
             raise
 
