@@ -18,6 +18,7 @@ from router.peers import PeerLoads, marks
 from router.placement import Placement
 from router.pulls import Giver, timeout_s
 from router.rates import Mean
+from router.report import ReportedLoad
 from router.standing import (
     CONTEXT_LENGTH,
     IS_DRAINING,
@@ -177,10 +178,7 @@ class Member:
         self._waiting: dict[Reservation, None] = {}  # in the order that they were placed
         self._started_at = float("-inf")  # the newest first output
         self._service_s = 0.0
-        # Own requests placed since the worker's load number `_counted_load`, which cannot count them yet.
-        self._counted_load = 0
-        self._new_tokens = 0
-        self._new_requests = 0
+        self._reported = ReportedLoad()
 
     @property
     def life(self) -> tuple[int, int, str]:
@@ -219,9 +217,8 @@ class Member:
         return max(queue.reported, queue.sent + queue.others)
 
     def in_flight(self, load: WorkerLoad) -> int:
-        new = self._new_requests if self._counted_load == self.link.num_loads else 0
         others = self._peers.at(self.id, self.lease.epoch).in_flight
-        return max(self.num_open + others, load.running + load.waiting + new)
+        return max(self.num_open + others, self._reported.in_flight(self.link.num_loads, load))
 
     def sent_tokens(self, now: float, s_per_token: float) -> int:
         """Those of this router that are not computed yet."""
@@ -236,7 +233,7 @@ class Member:
         """As it is now."""
         load = self.load
         in_flight = self.in_flight(load)
-        promised = self._new_tokens if self._counted_load == self.link.num_loads else 0
+        number = self.link.num_loads
         others = self._peers.at(self.id, self.lease.epoch)
         waiting = self.num_waiting + others.waiting
         started = self._num_started + others.in_flight - others.waiting
@@ -245,10 +242,10 @@ class Member:
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             step_s=load.step_ms / 1e3 if in_flight else 0.0,
             slot_wait_s=self._slot_wait_s(in_flight),
-            running=max(started, load.running - waiting),
+            running=max(started, self._reported.running(number, load) - waiting),
             own_in_flight=self.num_open,
             in_flight=in_flight,
-            free_tokens=max(0, load.free_blocks * self.lease.block_size - promised),
+            free_tokens=max(0, load.free_blocks * self.lease.block_size - self._reported.promised_tokens(number)),
             load_share=self.load_share.value,
             confidence=self.confidence.value,
             excluded=self._exclusion(in_flight),
@@ -288,10 +285,7 @@ class Member:
         self, placement: Placement, ask: Ask, held_blocks: int, clock: Clock, *, source: Member | None = None
     ) -> Reservation:
         """Count a request from now on, of whose keys the index has the first `held_blocks`. `source`: of its pull."""
-        if self._counted_load != self.link.num_loads:
-            self._counted_load, self._new_tokens, self._new_requests = self.link.num_loads, 0, 0
-        self._new_tokens += placement.uncached_tokens
-        self._new_requests += ask.num_answers
+        self._reported.placed(self.link.num_loads, placement.uncached_tokens, ask.num_answers)
         self._queued_tokens += placement.uncached_tokens
         self.num_open += ask.num_answers
         self.crowd.enter(ask.owner, ask.weight, ask.num_answers)
@@ -324,8 +318,7 @@ class Member:
         self._started_at = now
         self._queued_tokens -= reservation.placement.uncached_tokens
         self._num_started += reservation.num_answers
-        if reservation.load_number == self._counted_load:
-            self._new_tokens -= reservation.placement.uncached_tokens
+        self._reported.started(self.link.num_loads, reservation.load_number, reservation.placement.uncached_tokens)
         self._on_change(self)
 
     def learn(self, first: FirstOutput) -> None:
@@ -339,8 +332,7 @@ class Member:
         self.crowd.leave(reservation.ask.owner, num_answers)
         if has_run:
             self._num_started -= num_answers
-        if reservation.load_number == self._counted_load:
-            self._new_requests -= num_answers
+        self._reported.ended(self.link.num_loads, reservation.load_number, num_answers)
         self._on_change(self)
 
     def close(self, reservation: Reservation, chain: Chain | None, has_run: bool, now: float, seconds: float) -> None:
@@ -352,13 +344,12 @@ class Member:
             self._service_s += (seconds - self._service_s) * (SERVICE_WEIGHT if self._service_s else 1.0)
 
     def _queue(self, load: WorkerLoad) -> Queue:
-        new = self._new_tokens if self._counted_load == self.link.num_loads else 0
         first, since = 0, 0.0
         if self._waiting:
             oldest = next(iter(self._waiting))
             first, since = oldest.placement.uncached_tokens, max(oldest.placed_at, self._started_at)
         others = self._peers.at(self.id, self.lease.epoch).queued_tokens
-        return Queue(load.queued_tokens + new, self._queued_tokens, first, since, others)
+        return Queue(self._reported.queued_tokens(self.link.num_loads, load), self._queued_tokens, first, since, others)
 
     def _slot_wait_s(self, in_flight: int) -> float:
         slots = self.lease.max_sequences

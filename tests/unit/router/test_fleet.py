@@ -291,3 +291,24 @@ async def test_a_reservation_may_be_released_after_the_fleet_stopped(stage: Stag
     await stage.fleet.stop()
     held.release()
     assert stage.fleet.workers() == []
+
+
+async def test_a_report_made_while_a_request_ran_counts_it_no_longer_than_it_runs(
+    stage: Stage, some_keys: Keys
+) -> None:
+    stage.add("a", "b")
+    keys = some_keys("k", 6)
+    first = stage.reserve(keys)
+    worker, member = first.worker, stage.fleet._members[first.worker]
+    # Said in the middle of its prefill, and nothing after: the next report is due in a tenth of a second.
+    stage.link(worker).say_load(running=1, waiting=0, queued_tokens=100, step_ms=20.0, prefill_tokens_per_s=20_000.0)
+    assert (member.queued_tokens, member.in_flight(member.load), member.standing().step_s) == (100, 1, 0.02)
+    first.started()
+    assert (member.queued_tokens, member.standing().running) == (0, 1)
+    first.release()
+    standing = member.standing()
+    assert (member.queued_tokens, standing.running, standing.in_flight, standing.step_s) == (0, 0, 0, 0.0)
+    stage.store(worker, keys)
+    assert stage.reserve(keys).worker == worker
+    stage.link(worker).say_load(running=2, queued_tokens=30)
+    assert member.queued_tokens == 30
