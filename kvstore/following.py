@@ -102,7 +102,7 @@ class Following:
         self._times = times
         self._clock = clock
         self._forgiving_until = 0.0
-        self._redis_is_away = True
+        self._redis_is_away = False  # a link that is up before the first reading is over has nothing to add
 
     # Redis
 

@@ -244,3 +244,24 @@ def test_mirror_equals_workers_after_repair(seed: int, acts: list[tuple[str, str
 @settings(max_examples=10_000, deadline=None, suppress_health_check=ODD)
 def test_mirror_equals_workers_after_repair_long(seed: int, acts: list[tuple[str, str]]) -> None:
     check(seed, acts)
+
+
+def test_a_link_that_is_up_before_redis_was_read_is_asked_for_nothing_until_redis_is_away() -> None:
+    async def run() -> None:
+        world = World(0)
+        world.following.on_lease_change = lambda worker, lease: world.link_up(worker)
+        for worker in world.workers.values():
+            worker.publish(BlocksStored(KEYS[:3]))
+            worker.beat()
+        for _ in range(3):
+            await world.turn()
+        assert world.differing() == [] and world.linked == set(NAMES)
+        assert [worker.told for worker in world.workers.values()] == [[], [], []]
+        world.redis.away = True
+        await world.turn()
+        for worker in world.workers.values():
+            worker.publish(BlocksStored(KEYS[3:5]))
+            world.hear(worker)
+        assert world.differing() == [] and world.mirror.counts.fed > 0
+
+    asyncio.run(run())
