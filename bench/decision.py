@@ -20,7 +20,7 @@ from typing import Any, cast
 from bench.decision_peers import measured
 from kvstore.block import BlockKey, WorkerId
 from kvstore.block_key import block_keys, key_fingerprint
-from kvstore.events import BlocksStored
+from kvstore.events import CPU, BlocksStored, TierChanged
 from kvstore.lease import Lease
 from kvstore.memory_index import MemoryIndex
 from kvstore.mirror import Mirror
@@ -53,9 +53,11 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """`decision`: keys, match, choice. `whole`: also the reservation, its end and the events of what was computed."""
+    """`decision`: keys, match, choice. `whole`: also the reservation, its end and the events of what was computed.
+    `cpu_tiers`: workers have one, and may give its blocks to each other."""
 
     workers: int
+    cpu_tiers: bool
     blocks: int
     key: Spread
     match: Spread
@@ -92,9 +94,9 @@ class SaidLink:
 class SaidMirror:
     """What a fleet needs of a mirror: leases that stay."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, payload_format: str) -> None:
         self.on_lease_change: Any = None
-        self._leases = [_lease(f"worker-{number:04}") for number in range(workers)]
+        self._leases = [_lease(f"worker-{number:04}", payload_format) for number in range(workers)]
 
     def leases(self) -> dict[WorkerId, Lease]:
         """By worker."""
@@ -102,13 +104,16 @@ class SaidMirror:
 
 
 class Stage:
-    """A fleet of some workers whose index has `blocks` blocks or more, and prompts to place there."""
+    """A fleet of some workers whose index has `blocks` blocks or more, and prompts to place there.
 
-    def __init__(self, workers: int, blocks: int, rng: random.Random) -> None:
+    With CPU tiers a third of the prompts have the second half of their blocks there alone.
+    """
+
+    def __init__(self, workers: int, blocks: int, rng: random.Random, *, cpu_tiers: bool = False) -> None:
         self.index = MemoryIndex()
         self.links: list[SaidLink] = []
         self.fleet = Fleet(
-            cast(Mirror, SaidMirror(workers)),
+            cast(Mirror, SaidMirror(workers, "bench" if cpu_tiers else "")),
             self.index,
             router="bench",
             model=MODEL,
@@ -123,7 +128,10 @@ class Stage:
         while len(self.index) < blocks:
             prompt = rng.choice(heads) + _tokens(PROMPT_TOKENS - HEAD_BLOCKS * BLOCK_SIZE, rng)
             keys = block_keys(REGIONS, prompt, BLOCK_SIZE)
-            self.index.apply(WorkerId(rng.choice(names)), 1, [BlocksStored(list(keys[:STORED_BLOCKS]))])
+            worker = WorkerId(rng.choice(names))
+            self.index.apply(worker, 1, [BlocksStored(list(keys[:STORED_BLOCKS]))])
+            if cpu_tiers and len(self.prompts) % 3 == 0:
+                self.index.apply(worker, 1, [TierChanged(list(keys[STORED_BLOCKS // 2 : STORED_BLOCKS]), CPU)])
             self.prompts.append(prompt)
         for link in self.links:
             self.say_load(link)
@@ -140,9 +148,9 @@ class Stage:
         return link
 
 
-def measure(workers: int, blocks: int, rounds: int) -> Figures:
+def measure(workers: int, blocks: int, rounds: int, *, cpu_tiers: bool = False) -> Figures:
     """Decisions one after another, and the workers' reports between them."""
-    stage = Stage(workers, blocks, random.Random(workers))
+    stage = Stage(workers, blocks, random.Random(workers), cpu_tiers=cpu_tiers)
     took: dict[str, list[float]] = {"key": [], "match": [], "choose": [], "rest": []}
     running: list[Reservation] = []
     gc.collect()
@@ -172,6 +180,7 @@ def measure(workers: int, blocks: int, rounds: int) -> Figures:
     whole = [sum(times) for times in zip(decision, took["rest"], strict=True)]
     return Figures(
         workers=workers,
+        cpu_tiers=cpu_tiers,
         blocks=len(stage.index),
         key=_spread(took["key"]),
         match=_spread(took["match"]),
@@ -206,7 +215,7 @@ def _tokens(count: int, rng: random.Random) -> array[int]:
     return array("I", (rng.randrange(50_000) for _ in range(count)))
 
 
-def _lease(worker: str) -> Lease:
+def _lease(worker: str, payload_format: str) -> Lease:
     return Lease(
         worker_id=worker,
         epoch=1,
@@ -221,6 +230,7 @@ def _lease(worker: str) -> Lease:
         vocab_size=50_000,
         max_sequences=64,
         max_waiting=1024,
+        payload_format=payload_format,
     )
 
 
@@ -231,7 +241,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3000)
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     given = parser.parse_args()
-    figures = [measure(workers, given.blocks, given.rounds) for workers in given.workers]
+    figures = [
+        measure(workers, given.blocks, given.rounds, cpu_tiers=cpu_tiers)
+        for cpu_tiers in (False, True)
+        for workers in given.workers
+    ]
     longest = _longest_key(given.rounds)
     peers = {name: _spread(times) for name, times in _peer_times(given.rounds).items()}
     if given.json:
@@ -243,11 +257,15 @@ def main() -> None:
         print(json.dumps(document))
         return
     print(f"a prompt of {PROMPT_TOKENS} tokens; microseconds, p50 / p99")
-    print("workers  blocks         key       match      choose     decision  reserve+apply       whole  decisions/s")
+    print(
+        "workers  tiers  blocks         key       match      choose     decision  reserve+apply       whole  decisions/s"
+    )
     for row in figures:
         parts = (row.key, row.match, row.choose, row.decision, row.reserve_and_apply, row.whole)
         columns = "  ".join(f"{part.p50:>5.0f}/{part.p99:>5.0f}" for part in parts)
-        print(f"{row.workers:>7} {row.blocks:>7} {columns} {row.decisions_per_s:>12.0f}")
+        print(
+            f"{row.workers:>7} {'both' if row.cpu_tiers else 'one':>6} {row.blocks:>7} {columns} {row.decisions_per_s:>12.0f}"
+        )
     print(f"keys of 8192 tokens: {longest.p50:.0f} / {longest.p99:.0f}")
     for name, spread in peers.items():
         print(f"{name}: {spread.p50:.0f} / {spread.p99:.0f}")

@@ -169,9 +169,9 @@ class Pulled:
     s_per_token: Floats
 
     @property
-    def prefix(self) -> Floats:
-        """What each would have of the prompt then."""
-        return np.broadcast_to(self.has[self.source], self.has.shape)
+    def prefix(self) -> Floats | float:
+        """What each would have of the prompt then; one number where it is the same for all."""
+        return float(self.has[self.source]) if isinstance(self.source, int) else self.has[self.source]
 
     def pull(self, workers: Sequence[WorkerId], row: int) -> Pull:
         """What one worker would fetch."""
@@ -230,82 +230,116 @@ def cost(prompt: Prompt, rows: Columns, held: Held, out: NDArray[np.bool_] | Non
     Pulls are looked at where one could be the best: what it takes to begin and to compute the rest is less than any
     worker takes without.
     """
-    costs = _cost(prompt, rows, held, None)
+    s_per_token = rows.s_per_token if held.length_factor == 1.0 else rows.s_per_token * held.length_factor
+    before = _before(prompt, rows, held)
+    plans = _plans(prompt, rows, held, s_per_token)
+    costs = _costs(prompt, rows, before, plans, s_per_token)
     if held.sources is None:
         return costs
     have = held.device if held.tiers is None else held.tiers
-    rest_s = (prompt.num_tokens - have.max()) * rows.s_per_token.min() * held.length_factor
-    total_s = costs.total_s if out is None else costs.total_s[~out]
-    if not prompt.ttft_s and total_s.min() <= held.sources.rates.start_s + rest_s:
+    rest_s = held.sources.rates.start_s + (prompt.num_tokens - float(have.max())) * s_per_token
+    least_s = before.wait_s + rest_s
+    total_s = costs.total_s
+    if out is not None:
+        least_s, total_s = least_s[~out], total_s[~out]
+    if not prompt.ttft_s and total_s.min() <= least_s.min():
         return costs
-    return _cost(prompt, rows, held, held.sources)
+    pulled = _pulled(rows, held, held.sources, s_per_token)
+    with_pulls = None if pulled is None else _with_pulls(prompt, rows, held, plans, pulled)
+    return costs if with_pulls is None else _costs(prompt, rows, before, with_pulls, s_per_token, pulled=pulled)
 
 
-def _cost(prompt: Prompt, rows: Columns, held: Held, sources: Sources | None) -> Costs:
-    s_per_token = rows.s_per_token
-    own_s_per_token = s_per_token if held.length_factor == 1.0 else s_per_token * held.length_factor
-    pulled = None if sources is None else _pulled(rows, held, sources, own_s_per_token)
-    plan, cached, expected, plan_s = _plans(prompt, rows, held, pulled, own_s_per_token)
-    missing = prompt.num_tokens - expected
-    compute_s = missing * own_s_per_token
-    queue_s = rows.queued * s_per_token
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What comes before a request's own plan, whichever that is; `wait_s` is the sum of the first three."""
+
+    queue_s: Floats
+    slot_s: Floats
+    step_s: Floats
+    eviction_s: Floats
+    wait_s: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class _Plans:
+    """For each worker its cheapest plan, the prefix that is not computed, how much of it will be found, and seconds."""
+
+    plan: NDArray[np.int8]
+    cached: Floats
+    expected: Floats
+    seconds: Floats
+
+    def or_better(self, code: int, prefix: Floats | float, expects: Floats, seconds: Floats) -> _Plans | None:
+        """With another plan where that is faster and saves more; None where it is nowhere."""
+        better = (prefix > self.cached) & (seconds < self.seconds)
+        if not better.any():
+            return None
+        return _Plans(
+            np.where(better, np.int8(code), self.plan),
+            np.where(better, prefix, self.cached),
+            np.where(better, expects, self.expected),
+            np.where(better, seconds, self.seconds),
+        )
+
+
+def _before(prompt: Prompt, rows: Columns, held: Held) -> _Before:
+    queue_s = rows.queued * rows.s_per_token
     slot_s, step_s = rows.slot_s.copy(), rows.step_s.copy()
-    ttft_s = queue_s + slot_s + step_s + plan_s
+    evicted = np.maximum(prompt.num_tokens - held.device - rows.free_tokens, 0.0)
+    return _Before(queue_s, slot_s, step_s, evicted * rows.s_per_token * rows.reuse, queue_s + slot_s + step_s)
+
+
+def _costs(
+    prompt: Prompt, rows: Columns, before: _Before, plans: _Plans, s_per_token: Floats, *, pulled: Pulled | None = None
+) -> Costs:
+    compute_s = (prompt.num_tokens - plans.expected) * s_per_token
+    ttft_s = before.wait_s + plans.seconds
     decode_s = compute_s * rows.running
     # Requests that arrive while this one, what is ahead of it and they themselves keep the worker busy all come later
     # by what it computes: so many they are, on average, in a queue with one server.
-    followers = (queue_s + plan_s) * rows.arrivals_per_s / (1.0 - rows.utilization)
+    followers = (before.queue_s + plans.seconds) * rows.arrivals_per_s / (1.0 - rows.utilization)
     behind_s = BEHIND * compute_s * followers
-    evicted = np.maximum(prompt.num_tokens - held.device - rows.free_tokens, 0.0)
-    eviction_s = evicted * s_per_token * rows.reuse
-    total_s = ttft_s + decode_s + behind_s + eviction_s
     return Costs(
         rows.workers,
-        plan,
-        cached,
-        expected,
-        queue_s,
-        slot_s,
-        step_s,
-        plan_s,
+        plans.plan,
+        plans.cached,
+        plans.expected,
+        before.queue_s,
+        before.slot_s,
+        before.step_s,
+        plans.seconds,
         decode_s,
         behind_s,
-        eviction_s,
+        before.eviction_s,
         ttft_s,
-        total_s,
+        ttft_s + decode_s + behind_s + before.eviction_s,
         pulled,
     )
 
 
-def _plans(
-    prompt: Prompt, rows: Columns, held: Held, pulled: Pulled | None, s_per_token: Floats
-) -> tuple[NDArray[np.int8], Floats, Floats, Floats]:
-    """For each worker its cheapest plan, the prefix that is not computed, how much of it will be found, and seconds."""
-    cached = held.device
-    expected = cached * rows.confidence
-    plan_s = (prompt.num_tokens - expected) * s_per_token
-    plan = np.zeros(len(cached), np.int8)
-    found = expected
-    options: list[tuple[int, Floats, Floats, Floats]] = []
+def _plans(prompt: Prompt, rows: Columns, held: Held, s_per_token: Floats) -> _Plans:
+    """Without pulls."""
+    found = held.device * rows.confidence
+    plans = _Plans(np.zeros(len(found), np.int8), held.device, found, (prompt.num_tokens - found) * s_per_token)
     if held.computing is not None:
         # What is computed there is in its queue, so the wait for it is counted already.
         waited = held.computing * rows.confidence
-        options.append((_WAIT, held.computing, waited, (prompt.num_tokens - waited) * s_per_token))
+        seconds = (prompt.num_tokens - waited) * s_per_token
+        plans = plans.or_better(_WAIT, held.computing, waited, seconds) or plans
     if held.tiers is not None:
         tiers = held.tiers * rows.confidence
         load_s = (tiers - found) * s_per_token * rows.load_share
-        options.append((_LOAD, held.tiers, tiers, load_s + (prompt.num_tokens - tiers) * s_per_token))
-    if pulled is not None:
-        # What comes lies on the CPU and is loaded from there.
-        load_s = (pulled.expects - found) * s_per_token * rows.load_share
-        seconds = pulled.fetch_s + load_s + (prompt.num_tokens - pulled.expects) * s_per_token
-        options.append((_PULL, pulled.prefix, pulled.expects, seconds))
-    for code, prefix, expects, seconds in options:
-        better = (prefix > cached) & (seconds < plan_s)
-        plan[better] = code
-        cached, expected = np.where(better, prefix, cached), np.where(better, expects, expected)
-        plan_s = np.where(better, seconds, plan_s)
-    return plan, cached, expected, plan_s
+        seconds = load_s + (prompt.num_tokens - tiers) * s_per_token
+        plans = plans.or_better(_LOAD, held.tiers, tiers, seconds) or plans
+    return plans
+
+
+def _with_pulls(prompt: Prompt, rows: Columns, held: Held, plans: _Plans, pulled: Pulled) -> _Plans | None:
+    """What comes lies on the CPU and is loaded from there. None where no pull is better."""
+    loaded = pulled.expects - held.device * rows.confidence
+    computed = prompt.num_tokens - pulled.expects
+    seconds = pulled.fetch_s + (loaded * rows.load_share + computed) * pulled.s_per_token
+    return plans.or_better(_PULL, pulled.prefix, pulled.expects, seconds)
 
 
 def _pulled(rows: Columns, held: Held, sources: Sources, s_per_token: Floats) -> Pulled | None:

@@ -18,6 +18,7 @@ FIRST_SHARE = 0.5
 """Until pulls are measured, each takes so long and a token this share of one that is computed: they are tried where
 there is much to gain."""
 FADE_S = 300.0
+FIT_S = 1.0
 TIMEOUT_FACTOR = 3.0
 LEAST_TIMEOUT_S, MOST_TIMEOUT_S = 0.25, 10.0
 
@@ -41,6 +42,7 @@ class PullMeter:
     def __init__(self) -> None:
         self._sums: tuple[float, ...] = (0.0,) * 5  # of w, w x, w y, w x x, w x y
         self._at = 0.0
+        self._fitted: tuple[float, float, PullRates] | None = None  # for these seconds a token, at this time
 
     def add(self, tokens: float, seconds: float, now: float) -> None:
         """So many tokens came in so long, each counted once more for each other pull from the same worker."""
@@ -48,9 +50,15 @@ class PullMeter:
         added = _sample(tokens, max(seconds, 1e-4))
         self._sums = tuple(one * faded + other for one, other in zip(self._sums, added, strict=True))
         self._at = now
+        self._fitted = None
 
     def rates(self, compute_s_per_token: float, now: float) -> PullRates:
-        """As it is now, where to compute a token takes so long."""
+        """As it is now or was up to `FIT_S` ago, where to compute a token takes so long."""
+        if self._fitted is None or self._fitted[0] != compute_s_per_token or not 0 <= now - self._fitted[1] < FIT_S:
+            self._fitted = compute_s_per_token, now, self._fit(compute_s_per_token, now)
+        return self._fitted[2]
+
+    def _fit(self, compute_s_per_token: float, now: float) -> PullRates:
         near = _sample(0.0, FIRST_START_S)
         far = _sample(self._FAR, FIRST_START_S + self._FAR * FIRST_SHARE * compute_s_per_token)
         faded, part = math.exp((self._at - now) / FADE_S), self._WEIGHT
