@@ -258,14 +258,13 @@ def main() -> None:
         return
     print(f"a prompt of {PROMPT_TOKENS} tokens; microseconds, p50 / p99")
     print(
-        "workers  tiers  blocks         key       match      choose     decision  reserve+apply       whole  decisions/s"
+        "workers tiers  blocks         key       match      choose     decision  reserve+apply       whole decisions/s"
     )
     for row in figures:
         parts = (row.key, row.match, row.choose, row.decision, row.reserve_and_apply, row.whole)
         columns = "  ".join(f"{part.p50:>5.0f}/{part.p99:>5.0f}" for part in parts)
-        print(
-            f"{row.workers:>7} {'both' if row.cpu_tiers else 'one':>6} {row.blocks:>7} {columns} {row.decisions_per_s:>12.0f}"
-        )
+        tiers = 2 if row.cpu_tiers else 1
+        print(f"{row.workers:>7} {tiers:>5} {row.blocks:>7} {columns} {row.decisions_per_s:>11.0f}")
     print(f"keys of 8192 tokens: {longest.p50:.0f} / {longest.p99:.0f}")
     for name, spread in peers.items():
         print(f"{name}: {spread.p50:.0f} / {spread.p99:.0f}")
