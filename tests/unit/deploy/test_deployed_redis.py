@@ -1,4 +1,4 @@
-"""The Redis of the chart and of compose, started literally: who may enter, and what routers and workers may do there."""
+"""The Redis of the chart and of compose, started literally: who may enter, what routers and workers may do there."""
 
 from __future__ import annotations
 
