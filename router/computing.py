@@ -87,8 +87,8 @@ class Computing:
             self.forget(chain)
 
     def depth(self, keys: Sequence[BlockKey], depth: int, most: int) -> int:
-        """How many blocks of a prompt are there or will be, `depth` of them being there."""
-        counts = self._counts
+        """How many blocks of a prompt are there or will be, `depth` of them being there; without a key none."""
+        counts, most = self._counts, min(most, len(keys))
         if depth >= most or keys[depth] not in counts:
             return depth
         # What is computed of a prompt has no holes, so its end is a binary search.

@@ -35,7 +35,6 @@ POLL_S = 0.002
 MOST_READ = 16
 """Blocks read in one go, of a part at most, and blocks on their way into memory: a turn of the loop costs about as much
 as a small block."""
-EXPORT_TIMEOUT_S = 10.0
 
 _CHANNEL_OPTIONS = (("grpc.max_receive_message_length", 2 * PART_BYTES),)
 
@@ -53,12 +52,12 @@ class PeerLacks(PeerRefused):
     """None of what was asked for is there."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Waiting:
-    """A request whose blocks are on their way."""
+    """A request whose blocks are on their way: of the sequences that still wait."""
 
     request: SequenceRequest
-    task: asyncio.Task[None]
+    task: asyncio.Task[None] | None = None
 
 
 @dataclass(slots=True)
@@ -95,32 +94,42 @@ class BlockPeers:
         """Give a request to the engine when the blocks have come, or the order's time is over."""
         num_tokens = order.num_blocks * self._offload.tiers.device.block_size
         head = (order.address, order.epoch, request.regions, request.token_ids[:num_tokens].tobytes())
-        first = self._heads.get(head)
-        task = asyncio.create_task(
-            self._pull_and_submit(request, order) if first is None else self._wait_and_submit(request, order, first)
+        first, waiting = self._heads.get(head), _Waiting(request)
+        task = waiting.task = asyncio.create_task(
+            self._pull_and_submit(waiting, order) if first is None else self._wait_and_submit(waiting, order, first)
         )
         if first is None:
             self._heads[head] = task
             task.add_done_callback(lambda _: self._heads.pop(head))
         for engine_id in _ids(request):
-            self._waiting[engine_id] = _Waiting(request, task)
+            self._waiting[engine_id] = waiting
 
     def hurry(self, engine_id: int) -> None:
-        """What this sequence waits for is wanted no more: its request goes to the engine now. Else nothing happens."""
+        """This sequence waits no more: it goes to the engine now, alone. The others of its request wait on."""
         waiting = self._waiting.get(engine_id)
-        if waiting is not None:
-            self._leave(waiting.request)
-            waiting.task.cancel()
-            self._engine.submit(waiting.request)
+        if waiting is None:
+            return
+        if len(_ids(waiting.request)) == 1:
+            self._hurry(waiting)
+        else:
+            del self._waiting[engine_id]
+            alone, waiting.request = waiting.request.parted(engine_id)
+            self._engine.submit(alone)
 
     def hurry_all(self) -> None:
         """Nothing that is on its way is wanted any more."""
-        for waiting in list(self._waiting.values()):
-            self.hurry(waiting.request.sequence_id)
+        while self._waiting:
+            self._hurry(next(iter(self._waiting.values())))
+
+    def _hurry(self, waiting: _Waiting) -> None:
+        self._leave(waiting.request)
+        if waiting.task is not None:
+            waiting.task.cancel()
+        self._engine.submit(waiting.request)
 
     async def stop(self) -> None:
         """End what waits, and the connections."""
-        tasks = {waiting.task for waiting in self._waiting.values()}
+        tasks = {waiting.task for waiting in self._waiting.values() if waiting.task is not None}
         self._waiting.clear()
         for task in tasks:
             task.cancel()
@@ -128,8 +137,8 @@ class BlockPeers:
         for channel in self._channels.values():
             await channel.close()
 
-    async def _pull_and_submit(self, request: SequenceRequest, order: PullOrder) -> None:
-        began = self._engine.clock()
+    async def _pull_and_submit(self, waiting: _Waiting, order: PullOrder) -> None:
+        began, request = self._engine.clock(), waiting.request
         size = self._offload.tiers.device.block_size
         most = min(order.num_blocks, _full_blocks(request, size))
         coming = _Coming(request, Import(request.regions, request.token_ids, most))
@@ -140,19 +149,18 @@ class BlockPeers:
         except Exception:  # the request goes on, whatever a peer sends
             logger.exception("a pull of blocks failed")
         first = coming.blocks.first
-        self._submit(
-            replace(
-                request,
-                pulled=range(first * size, (first + coming.num_written) * size),
-                pull_s=self._engine.clock() - began if coming.blocks.contents else 0.0,
-                peer_lacks=coming.lacks,
-            )
+        waiting.request = replace(
+            waiting.request,
+            pulled=range(first * size, (first + coming.num_written) * size),
+            pull_s=self._engine.clock() - began if coming.blocks.contents else 0.0,
+            peer_lacks=coming.lacks,
         )
+        self._submit(waiting.request)
 
-    async def _wait_and_submit(self, request: SequenceRequest, order: PullOrder, first: asyncio.Task[None]) -> None:
+    async def _wait_and_submit(self, waiting: _Waiting, order: PullOrder, first: asyncio.Task[None]) -> None:
         """Another request has the same head fetched: what comes is found, what does not is computed."""
         await asyncio.wait({first}, timeout=order.timeout_s)
-        self._submit(request)
+        self._submit(waiting.request)
 
     def _submit(self, request: SequenceRequest) -> None:
         if request.sequence_id in self._waiting:
@@ -236,29 +244,27 @@ class BlockPeers:
     # Out
 
     async def chunks(self, request: pb.FetchBlocksRequest, vocab_size: int) -> AsyncGenerator[pb.BlockChunk, None]:
-        """What this worker has of what is asked for. Raises `PeerRefused`, and `EngineStopped` at the end."""
+        """What this worker has of what is asked for. Raises `PeerRefused`, and `EngineStopped` at the end. How long it
+        may take is for who reads it to say: a time limit of its own would end in the reader's task."""
         export = self._checked(request, vocab_size)
         exchange = self._offload.exchange
         sent = 0
         try:
-            async with asyncio.timeout(EXPORT_TIMEOUT_S):
-                await self._call(lambda: exchange.begin_export(export))
-                if not export.num_found:
-                    raise PeerLacks("nothing of it is here")
-                while sent < len(export.rows) or not export.ready:
-                    while sent < len(export.rows):
-                        payloads = await asyncio.to_thread(self._read, export.rows[sent : sent + MOST_READ])
-                        if not payloads or exchange.is_void(export):
-                            return
-                        for payload in payloads:
-                            for chunk in _parts(export.first + sent, payload):
-                                yield chunk
-                            sent += 1
-                    if not export.ready:
-                        await asyncio.sleep(POLL_S)
-                        await self._call(lambda: exchange.advance(export))
-        except TimeoutError:
-            return
+            await self._call(lambda: exchange.begin_export(export))
+            if not export.num_found:
+                raise PeerLacks("nothing of it is here")
+            while sent < len(export.rows) or not export.ready:
+                while sent < len(export.rows):
+                    payloads = await asyncio.to_thread(self._read, export.rows[sent : sent + MOST_READ])
+                    if not payloads or exchange.is_void(export):
+                        return
+                    for payload in payloads:
+                        for chunk in _parts(export.first + sent, payload):
+                            yield chunk
+                        sent += 1
+                if not export.ready:
+                    await asyncio.sleep(POLL_S)
+                    await self._call(lambda: exchange.advance(export))
         finally:
             self._engine.call(lambda: exchange.end_export(export))
 

@@ -81,6 +81,13 @@ class SequenceRequest:
         """The request that a fork stands for."""
         return replace(self, sequence_id=fork.sequence_id, sampling=replace(self.sampling, seed=fork.seed), forks=())
 
+    def parted(self, sequence_id: int) -> tuple[SequenceRequest, SequenceRequest]:
+        """The request of this one of its sequences, and that of all others, of which there is one at least."""
+        if sequence_id == self.sequence_id:
+            return replace(self, forks=()), replace(self.fork(self.forks[0]), forks=self.forks[1:])
+        (one,) = (fork for fork in self.forks if fork.sequence_id == sequence_id)
+        return self.fork(one), replace(self, forks=tuple(fork for fork in self.forks if fork is not one))
+
 
 @dataclass(frozen=True, slots=True)
 class AdmissionFacts:

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 HELLO_TIMEOUT_S = 5.0
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 STOP_GRACE_S = 0.2
+EXPORT_TIMEOUT_S = 10.0
 SERVICE = "pando.worker.v1.WorkerLink"
 
 # Routers ping every second or so on idle links to notice a hang; the same towards them ends a dead router's sequences.
@@ -159,9 +160,12 @@ class LinkServer(worker_pb2_grpc.WorkerLinkServicer):
         if self._peers is None:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this worker has no CPU tier")
         try:
-            async with aclosing(self._peers.chunks(request, self._identity.vocab_size)) as chunks:
+            exported = self._peers.chunks(request, self._identity.vocab_size)
+            async with asyncio.timeout(EXPORT_TIMEOUT_S), aclosing(exported) as chunks:
                 async for chunk in chunks:
                     await context.write(chunk)
+        except TimeoutError:
+            return  # what went in time is all that there is
         except PeerLacks as lacks:
             await context.abort(grpc.StatusCode.NOT_FOUND, str(lacks))
         except PeerRefused as refused:

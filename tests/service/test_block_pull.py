@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -180,9 +182,55 @@ async def test_a_request_may_be_cancelled_while_its_blocks_come(start: Start) ->
         await at_other.send(cancel=pb.Cancel(sequence=1))
         await at_other.ended(1)
         assert at_other.ends[1].finish == pb.FINISH_CANCELLED
+        await at_other.send(cancel=pb.Cancel(sequence=2))
         await at_other.ended(2)
-        assert at_other.ends[2].finish == pb.FINISH_LENGTH
+        assert at_other.ends[2].finish == pb.FINISH_CANCELLED
         assert start.processes[1]._engine._store.cpu.num_referenced == 0  # type: ignore[attr-defined]
+
+
+async def test_one_of_many_answers_may_be_cancelled_while_their_blocks_come(start: Start) -> None:
+    """Whichever it is ends at once; for the others the blocks come still."""
+    one, other = start(), start()
+    tokens = prompt(10 * SIZE + 5)
+    async with session(one, start) as at_one, session(other, start) as at_other:
+        expected = await run(at_one, 0, tokens)
+        for number in (1, 2, 3):
+            shut = Gate(start.processes[1]._runner.mover)  # type: ignore[attr-defined]
+            forks = [pb.Fork(sequence=10 * number + at, seed=0) for at in (2, 3)]
+            regions = [pb.Region(scope_root=bytes([number]) * 16)]
+            await run(at_one, 100 + number, tokens, regions=regions)
+            await at_other.submit(10 * number + 1, tokens, pull=pull(one, 10), forks=forks, regions=regions)
+            await asyncio.to_thread(shut.reached.wait, 10)
+            await at_other.send(cancel=pb.Cancel(sequence=10 * number + number))
+            await at_other.ended(10 * number + number)
+            assert at_other.ends[10 * number + number].finish == pb.FINISH_CANCELLED
+            shut.open.set()
+            left = [10 * number + at for at in (1, 2, 3) if at != number]
+            await at_other.ended(*left)
+            assert [at_other.tokens[at] for at in left] == [expected, expected]
+            assert sum(at_other.admissions[at].pulled_tokens for at in left if at in at_other.admissions) == 10 * SIZE
+        assert start.processes[1]._engine._store.cpu.num_referenced == 0  # type: ignore[attr-defined]
+
+
+class Gate:
+    """Keeps the writes of a mover waiting until it is opened; what was written is as it would have been."""
+
+    def __init__(self, mover: Any) -> None:
+        self.reached, self.open = threading.Event(), threading.Event()
+        write = type(mover).write
+
+        def held(row: int, payload: bytes) -> Future[bool]:
+            self.reached.set()
+            done: Future[bool] = Future()
+
+            def finish() -> None:
+                self.open.wait(20)
+                write(mover, row, payload).add_done_callback(lambda inner: done.set_result(inner.result()))
+
+            threading.Thread(target=finish, daemon=True).start()
+            return done
+
+        mover.write = held
 
 
 async def test_a_head_that_was_fetched_is_its_publishers(start: Start) -> None:
@@ -230,6 +278,30 @@ async def test_a_defect_here_is_not_told_to_a_peer(start: Start) -> None:
             await fetched(worker_pb2_grpc.WorkerLinkStub(channel), request(one, fingerprint_of(start), tokens))
     assert failed.value.code() is grpc.StatusCode.INTERNAL
     assert failed.value.details() == "internal error"
+
+
+@pytest.mark.timeout(40)
+async def test_a_peer_that_reads_too_slowly_gets_what_went_in_time(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream ends as one that has no more, and nothing is held for it."""
+    monkeypatch.setattr("worker.server.EXPORT_TIMEOUT_S", 0.5)
+    one = start(simulated_block_bytes=1 << 20)
+    kind = start.processes[0]._runner.mover.payload_format  # type: ignore[attr-defined]
+    tokens = prompt(40 * SIZE)
+    async with session(one, start) as at_one:
+        await run(at_one, 1, tokens)
+    async with grpc.aio.insecure_channel(one.address) as channel:
+        stub = worker_pb2_grpc.WorkerLinkStub(channel)
+        call = stub.FetchBlocks(request(one, fingerprint_of(start), tokens, kind))
+        first = await call.read()
+        await asyncio.sleep(2.0)
+        last = first
+        while (chunk := await call.read()) is not grpc.aio.EOF:
+            last = chunk
+        assert await call.code() is grpc.StatusCode.OK
+        assert first.index == 0 and last.index < 39
+    assert start.processes[0]._engine._store.cpu.num_referenced == 0  # type: ignore[attr-defined]
 
 
 async def test_a_drain_waits_for_no_blocks(start: Start) -> None:

@@ -10,9 +10,12 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 import redis
 import redis.asyncio
@@ -32,6 +35,8 @@ from kvstore.redis_index import RedisIndexWriter
 from kvstore.redis_url import why_no_answer
 from kvstore.scope import TenantId
 from pando.settings import RouterSettings, WorkerSettings
+from pando.v1 import admin_pb2, admin_pb2_grpc
+from router.auth import key_hash
 from router.limit_store import LimitStore
 from router.limits import FleetLimits
 from router.peers import PeerExchange, PeerLoads
@@ -41,6 +46,8 @@ from router.prefix_seal import PrefixSeal
 from router.process import SecretClaim
 from router.tenants import Tenant
 from tests.conftest import redis_server_binary
+from tests.fleet_processes import Fleet, answers, line, some_tokens
+from tests.fleet_processes import until as until_true
 from tests.service.test_prefix_registry import nothing, record
 from tests.service.test_redis_index import CLUSTER, FAST, Life, until
 
@@ -211,6 +218,45 @@ def test_a_router_cannot_write_what_workers_hold(server: Server) -> None:
             with pytest.raises(NoPermissionError):
                 client.execute_command(*command)
     life.client.close()
+
+
+@pytest.mark.timeout(110)
+def test_a_fleet_of_processes_asks_for_nothing_that_its_users_may_not(server: Server, tmp_path: Path) -> None:
+    """Redis keeps a log of what it refused: after requests, a published prefix and a purge it is empty."""
+    (tmp_path / "tenants.toml").write_text(
+        f'[tenants.a]\nkeys = ["{key_hash("key of a")}"]\npublish = ["own", "public"]\nrequests_per_s = 100.0\n'
+    )
+    with ExitStack() as parts:
+        fleet = Fleet(SimpleNamespace(url=""), tmp_path, parts, {"a": ""}, {})  # type: ignore[arg-type]
+        known = ("--cluster", CLUSTER, "--model", "pando-tiny", "--redis")
+        workers = [
+            fleet.launch("worker", *known, server.url(name), "--worker-id", name, "--runner", "simulated",
+                         "--cpu-blocks", "500", "--device-blocks", "60")
+            for name in ("w0", "w1")
+        ]  # fmt: skip
+        assert all(line(worker) for worker in workers)
+        ports = ("--port", "0", "--http-port", "0", "--admin-port", "0")
+        flags = ("--tenants", str(tmp_path / "tenants.toml"), *ports, *known, server.url("router"))
+        routers = [fleet.launch("router", *flags) for _ in range(2)]
+        for router in routers:
+            router.ready = line(router)
+        clients = [parts.enter_context(fleet.client(router, "a")) for router in routers]
+        for client in clients:
+            until_true(lambda client=client: answers(client))
+        head = some_tokens(1, 128)
+        prefix = clients[0].publish_prefix(token_ids=head, scope="public", warm=True, copies=2)
+        for seed in range(2, 22):
+            assert clients[seed % 2].generate(token_ids=head + some_tokens(seed, 256), max_tokens=8)
+        until_true(lambda: len(clients[1].list_prefixes()) == 1)
+        clients[1].delete_prefix(prefix.id)
+        with grpc.insecure_channel(routers[0].ready["admin"]) as channel:
+            admin_pb2_grpc.AdminStub(channel).PurgeTenant(admin_pb2.PurgeTenantRequest(tenant="a"), timeout=20)
+    with server.client("admin") as admin:
+        refused = {(entry["username"], entry["object"]) for entry in admin.acl_log()}
+        assert {command for _, command in refused} <= {"client", "client|setinfo"}, (
+            "redis-py says its name, and may not"
+        )
+        assert admin.get(redis_key(CLUSTER, "w0", "epoch")) and admin.exists(f"{CLUSTER}:{{prefixes}}:version")
 
 
 # TLS

@@ -30,6 +30,7 @@ GPU: Files = ("docker-compose.yml", "deploy/docker-compose.gpu.yml")
 RAY_NODES = ("ray-head", "ray-worker", "control")
 ROUTERS = ("router-1", "router-2")
 SECRETS = ("CLUSTER_SECRET", "LINK_TOKEN", "ADMIN_KEY")
+REDIS_PASSWORDS = ("REDIS_PASSWORD", "ROUTER_PASSWORD", "WORKER_PASSWORD")
 
 
 def compose(
@@ -99,11 +100,12 @@ def test_nothing_is_published_beyond_loopback(root: Path, services: dict[str, An
 
 
 def test_default_secrets_say_what_they_are_and_can_be_set(root: Path, services: dict[str, Any]) -> None:
-    names = ("RAY_AUTH_TOKEN", "REDIS_PASSWORD", "PANDO_REDIS", *(f"PANDO_{name}" for name in SECRETS))
+    names = ("RAY_AUTH_TOKEN", "PANDO_REDIS", *REDIS_PASSWORDS, *(f"PANDO_{name}" for name in SECRETS))
     for service in services.values():
         for name in names:
             assert "dev-only" in service.get("environment", {}).get(name, "dev-only")
-    variables = ("FLEET_RAY_TOKEN", "FLEET_REDIS_PASSWORD", *(f"PANDO_{name}" for name in SECRETS))
+    parts = ("FLEET_REDIS_PASSWORD", "FLEET_REDIS_ROUTER_PASSWORD", "FLEET_REDIS_WORKER_PASSWORD")
+    variables = ("FLEET_RAY_TOKEN", *parts, *(f"PANDO_{name}" for name in SECRETS))
     own = {name: f"chosen-{name.lower()}" for name in variables}
     assert "dev-only" not in compose(root, BASE, "config", env=own).stdout
 
@@ -128,7 +130,7 @@ def test_router_commands_are_ours(services: dict[str, Any], parse_pando: Callabl
     for name in ROUTERS:
         settings = parse_pando(services[name]["command"], services[name]["environment"])
         assert settings.host == "0.0.0.0" and settings.tenants and settings.admin_key and settings.cluster_secret
-        assert settings.redis.startswith("redis://:") and settings.redis.endswith("@redis:6379/0")
+        assert settings.redis.startswith("redis://router:") and settings.redis.endswith("@redis:6379/0")
         (tenants,) = services[name]["configs"]
         assert tenants["target"] == settings.tenants
         probe = parse_pando(services[name]["healthcheck"]["test"][1:])
@@ -151,7 +153,10 @@ def test_control_command_is_ours_and_matches_the_nodes(
         assert devices["count"] == -1 and devices["capabilities"] == ["gpu"]
     else:
         assert settings.workers == replicas == 2 and settings.device_blocks > 0 and settings.threads > 0
-    assert settings.redis == services["router-1"]["environment"]["PANDO_REDIS"]
+    passwords = services["redis"]["environment"]
+    assert len({passwords[name] for name in REDIS_PASSWORDS}) == 3
+    assert settings.redis == f"redis://{{worker_id}}:{passwords['WORKER_PASSWORD']}@redis:6379/0"
+    assert int(passwords["WORKERS"]) >= settings.workers and passwords["CLUSTER"] == settings.cluster
     assert control["environment"]["RAY_HEAD"] == flags["address"]
 
 
@@ -171,7 +176,8 @@ def test_ray_nodes_use_a_token_and_known_flags(services: dict[str, Any], parse_r
 def test_files_that_are_mounted_exist(root: Path) -> None:
     configs = json.loads(compose(root, BASE, "config", "--format", "json").stdout)["configs"]
     assert all(Path(config["file"]).is_file() for config in configs.values())
-    assert {Path(config["file"]).name for config in configs.values()} == {"redis.conf", "start.sh", "tenants.dev.toml"}
+    redis_files = {"redis.conf", "start.sh", "users.sh", "users.acl"}
+    assert {Path(config["file"]).name for config in configs.values()} == {*redis_files, "tenants.dev.toml"}
 
 
 def test_dev_tenants_are_those_of_the_comments(root: Path) -> None:

@@ -132,9 +132,12 @@ OWN_SECRET = {"auth": {"existingSecret": "a"}}
         ({"ray": EXTERNAL_RAY}, "that cluster's ray-token"),
         ({"ray": {"mode": "kuberay", "kuberay": {"maxReplicas": 1}}}, "ray.kuberay.maxReplicas"),
         ({"ray": {"mode": "kuberay", "kuberay": {"minReplicas": 3}}}, "ray.kuberay.minReplicas"),
-        ({"redis": {"mode": "external"}} | OWN_SECRET, "redis.external.host: needed"),
+        ({"redis": {"mode": "external"}} | OWN_SECRET, "redis.external.host or redis.external.urls: needed"),
         ({"redis": {"external": {"host": "r"}}}, "redis.mode is not external"),
-        ({"redis": {"mode": "external", "external": {"host": "r"}}}, "that server's redis-password"),
+        ({"redis": {"external": {"host": "r", "urls": True}}}, "one of host and urls"),
+        ({"redis": {"mode": "external", "external": {"host": "r"}}}, "that server's passwords or URLs"),
+        ({"redis": {"tls": {"existingSecret": "s"}}}, "redis.tls.enabled is false"),
+        (merged({"ray": EXTERNAL_RAY, "redis": {"tls": {"enabled": True}}}, OWN_SECRET), "no file of this CA"),
         ({"modelCache": {"existingClaim": "c"}}, "modelCache.enabled is false"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -258,7 +261,7 @@ def test_control_arguments_are_ours_and_match_the_routers_and_nodes(
     assert container["args"][0] == "/app/deploy/join_ray.sh"
     settings = parse_pando(container["args"][1:], environment_of(container))
     other = parse_pando(router["args"], environment_of(router))
-    for name in ("model", "cluster", "block_size", "redis", "link_token"):
+    for name in ("model", "cluster", "block_size", "link_token"):
         assert getattr(settings, name) == getattr(other, name), name
     assert settings.ray == "auto" and settings.host == "0.0.0.0" and settings.link_token
     for named in (container, router):
@@ -275,26 +278,6 @@ def environment_of(container: Document) -> dict[str, str]:
     """The container's variables, references filled with their names."""
     variables = {entry["name"]: entry.get("value", f"from-{entry['name'].lower()}") for entry in container["env"]}
     return {name: value.replace("$(REDIS_PASSWORD)", "secret") for name, value in variables.items()}
-
-
-def test_redis_address(release: Any) -> None:
-    (container,) = release.pod("router")["spec"]["containers"]
-    names = [entry["name"] for entry in container["env"]]
-    assert names.index("REDIS_PASSWORD") < names.index("PANDO_REDIS"), "a variable can refer to earlier ones only"
-    url = next(entry["value"] for entry in container["env"] if entry["name"] == "PANDO_REDIS")
-    outside = "rediss://:$(REDIS_PASSWORD)@redis.example.com:6380/0"
-    assert url == (outside if release.case == "ha" else "redis://:$(REDIS_PASSWORD)@demo-pando-redis:6379/0")
-    assert bool([d for d in release.kind("StatefulSet") if d["metadata"]["name"].endswith("-redis")]) == (
-        release.case != "ha"
-    )
-
-
-def test_redis_runs_the_files_that_compose_runs(root: Path, folder: Path, render: Callable[..., Any]) -> None:
-    for name in ("redis.conf", "start.sh"):
-        assert (folder / "files" / name).read_text() == (root / "deploy" / "redis" / name).read_text()
-    (config,) = render(TENANTS).kind("ConfigMap")
-    for name, text in config["data"].items():
-        assert text.strip() == (root / "deploy" / "redis" / name).read_text().strip()
 
 
 def test_ray_nodes(release: Any, parse_ray_start: Callable[..., Any]) -> None:
@@ -339,9 +322,10 @@ def test_kuberay_start_parameters_are_rays(
 def test_secrets_are_made_once_or_given(render: Callable[..., Any]) -> None:
     (secret,) = render(TENANTS).kind("Secret")
     assert secret["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
-    assert set(secret["data"]) == {"cluster-secret", "link-token", "admin-key", "redis-password", "ray-token"}
+    redis = {f"redis-{part}password" for part in ("", "router-", "worker-")}
+    assert set(secret["data"]) == {"cluster-secret", "link-token", "admin-key", "ray-token"} | redis
     values = {base64.b64decode(value).decode() for value in secret["data"].values()}
-    assert len(values) == 5 and all(len(value) == 48 and value.isalnum() for value in values)
+    assert len(values) == 7 and all(len(value) == 48 and value.isalnum() for value in values)
     given = render(merged(TENANTS, OWN_SECRET))
     assert not given.kind("Secret")
     assert "demo-pando-auth" not in yaml.safe_dump(given.documents)

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Starts Redis with its password from REDIS_PASSWORD, kept off the command line. Further arguments go to redis-server.
 # REDIS_CONF names the configuration file, REDIS_AUTH_FILE where the password line is written (a private folder).
-# REDIS_ACL_FILE, if set, is what users.sh printed; its users then count, and the password alone no more.
+# With ROUTER_PASSWORD and the rest of what users.sh reads, each part of the fleet is a user of its own, and REDIS_PASSWORD
+# is good for health checks alone. REDIS_ACL_FILE, if set, is what users.sh printed elsewhere.
 # REDIS_TLS_FOLDER, if set, has tls.crt, tls.key and ca.crt: the port then takes TLS only, with client certificates of
 # that CA where REDIS_TLS_CLIENTS is yes.
 set -eu
@@ -14,6 +15,10 @@ case "$REDIS_PASSWORD" in
 esac
 auth_file="${REDIS_AUTH_FILE:-/tmp/auth.conf}"
 umask 077
+if [ -n "${ROUTER_PASSWORD:-}" ]; then
+    REDIS_ACL_FILE="$auth_file.users"
+    DEFAULT_PASSWORD="$REDIS_PASSWORD" sh "$(dirname "$0")/users.sh" > "$REDIS_ACL_FILE"
+fi
 {
     cat "${REDIS_CONF:-/etc/pando-redis/redis.conf}"
     if [ -n "${REDIS_ACL_FILE:-}" ]; then echo "aclfile $REDIS_ACL_FILE"; else echo "requirepass $REDIS_PASSWORD"; fi

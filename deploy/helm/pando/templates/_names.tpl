@@ -71,6 +71,15 @@ app.kubernetes.io/part-of: pando
 {{- end -}}
 {{- end -}}
 
+{{/* Whether clients need a CA's file to trust Redis: "yes" or nothing. */}}
+{{- define "pando.redisCa" -}}
+{{- if and .Values.redis.tls.enabled (or (eq .Values.redis.mode "internal") .Values.redis.tls.existingSecret) -}}yes{{- end -}}
+{{- end -}}
+
+{{- define "pando.redisTlsSecret" -}}
+{{- default (printf "%s-redis-tls" (include "pando.fullname" .)) .Values.redis.tls.existingSecret -}}
+{{- end -}}
+
 {{- define "pando.redisHost" -}}
 {{- if eq .Values.redis.mode "internal" -}}
 {{- printf "%s-redis" (include "pando.fullname" .) -}}

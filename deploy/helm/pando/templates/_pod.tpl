@@ -28,19 +28,43 @@ capabilities: {drop: [ALL]}
 seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 
-{{/* Redis URL with its password from the auth Secret; kubelet fills in $(REDIS_PASSWORD). */}}
+{{/* Redis URL of one part: dict "root" $ "part" router or worker. The password is of the auth Secret, kubelet fills in
+     $(REDIS_PASSWORD); each worker's own name takes the place of {worker_id}. */}}
 {{- define "pando.redisEnv" -}}
-{{- $external := .Values.redis.external -}}
-{{- $internal := eq .Values.redis.mode "internal" -}}
+{{- $redis := .root.Values.redis -}}
+{{- $secret := include "pando.authSecret" .root -}}
+{{- if and (eq $redis.mode "external") $redis.external.urls -}}
+- name: PANDO_REDIS
+  valueFrom:
+    secretKeyRef: {name: {{ $secret }}, key: redis-{{ .part }}-url}
+{{- else -}}
+{{- $user := ternary (ternary "router" "{worker_id}" (eq .part "router")) "" $redis.users -}}
+{{- $at := ternary "6379/0" (printf "%v/%v" $redis.external.port $redis.external.database) (eq $redis.mode "internal") -}}
 - name: REDIS_PASSWORD
   valueFrom:
-    secretKeyRef: {name: {{ include "pando.authSecret" . }}, key: redis-password}
+    secretKeyRef: {name: {{ $secret }}, key: {{ ternary (printf "redis-%s-password" .part) "redis-password" $redis.users }}}
 - name: PANDO_REDIS
-  {{- if $internal }}
-  value: redis://:$(REDIS_PASSWORD)@{{ include "pando.redisHost" . }}:6379/0
-  {{- else }}
-  value: {{ ternary "rediss" "redis" $external.tls }}://:$(REDIS_PASSWORD)@{{ $external.host }}:{{ $external.port }}/{{ $external.database }}
-  {{- end }}
+  value: {{ printf "%s://%s:$(REDIS_PASSWORD)@%s:%s" (ternary "rediss" "redis" $redis.tls.enabled) $user (include "pando.redisHost" .root) $at | quote }}
+{{- end }}
+{{- if include "pando.redisCa" .root }}
+- {name: PANDO_REDIS_CA, value: /etc/pando-redis-tls/ca.crt}
+{{- end }}
+{{- end -}}
+
+{{/* The CA of Redis: a mount, and its volume. */}}
+{{- define "pando.redisCaMount" -}}
+{{- if include "pando.redisCa" . }}
+- {name: redis-ca, mountPath: /etc/pando-redis-tls, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{- define "pando.redisCaVolume" -}}
+{{- if include "pando.redisCa" . }}
+- name: redis-ca
+  secret:
+    secretName: {{ include "pando.redisTlsSecret" . }}
+    items: [{key: ca.crt, path: ca.crt}]
+{{- end }}
 {{- end -}}
 
 {{/* What routers send and workers ask for on the link between them. */}}
@@ -88,6 +112,7 @@ livenessProbe:
 - name: shm
   emptyDir: {medium: Memory, sizeLimit: {{ .shm }}}
 {{ include "pando.modelVolume" .root }}
+{{- include "pando.redisCaVolume" .root }}
 {{- end -}}
 
 {{- define "pando.modelVolume" -}}
@@ -104,4 +129,5 @@ livenessProbe:
 - {name: tmp, mountPath: /tmp}
 - {name: shm, mountPath: /dev/shm}
 - {name: models, mountPath: /models}
+{{- include "pando.redisCaMount" . }}
 {{- end -}}
