@@ -1,7 +1,8 @@
 """Holds the simulator to a real fleet: `python -m bench.fleet_replay --trace FILE`.
 
 The same requests at the same moments and the same settings, once simulated and once sent through the public API to
-routers and workers that are processes, with the cost model's sleeps. Exit code 1 if they do not agree.
+routers and workers that are processes, with the cost model's sleeps. What a step takes there beside the runner is
+measured first, and simulated. Exit code 1 if they do not agree.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import json
 import sys
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -20,10 +22,11 @@ from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
-from bench.process_fleet import process_fleet
+from bench.process_fleet import ProcessFleet, process_fleet
 from bench.sharing.__main__ import show
 from bench.sharing.finding import Claim, Finding
 from bench.simulate.replay import Fate, FleetShape, Replay
+from bench.simulate.replica import ReplicaShape
 from bench.simulate.report import quantile
 from bench.simulate.trace import Trace, TraceRequest, read_trace
 from pando.client import AsyncClient
@@ -38,6 +41,8 @@ VOCAB = range(16, 2048)
 HITS_WITHIN = 0.10
 TTFT_WITHIN = 0.25
 LEAD_S = 0.5
+PROBE_STEPS = (4, 36)
+"""So many steps do the prompts take by which a fleet's steps are measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,28 +64,33 @@ def simulated(trace: Trace, shape: FleetShape, policy: str) -> Seen:
 
 def real(trace: Trace, shape: FleetShape, policy: str) -> Seen:
     """By processes, in the trace's own time; call from the main thread. The caches are empty at first."""
-    replica = shape.replica(trace)
-    worker = WorkerSettings(
-        model=MODEL,
-        block_size=replica.block_size,
-        runner="simulated",
-        device_blocks=replica.num_blocks,
-        max_batch_tokens=replica.max_batch_tokens,
-        max_sequences=replica.max_sequences,
-        simulated_step_ms=replica.cost.step_s * 1e3,
-        simulated_prefill_tokens_per_s=1.0 / replica.cost.token_s,
-    )
-    router = RouterSettings(model=MODEL, block_size=replica.block_size, placement=PLACEMENTS[policy])
-    with process_fleet(worker, shape.workers, router, shape.routers) as fleet:
+    with _fleet(trace, shape, policy) as fleet:
         fates, late_s = asyncio.run(_send(trace, fleet.targets))
     return replace(_seen(fates, trace.ideal), late_s=late_s)
+
+
+def step_overhead_s(trace: Trace, shape: FleetShape) -> float:
+    """What a step of a real fleet takes beside what its runner sleeps, here and now; call from the main thread.
+
+    Scheduling and saying what was done take no time on the simulation's clock, and add up where there is a queue.
+    0 where every prompt fits in one step.
+    """
+    replica = shape.replica(trace)
+    few, many = (min(steps * replica.max_batch_tokens, trace.longest * trace.units // 2) for steps in PROBE_STEPS)
+    with _fleet(trace, shape, "round_robin") as fleet:
+        short_s, long_s = (asyncio.run(_probe(fleet.targets[0], tokens, shape.workers)) for tokens in (few, many))
+    slept_s = sum(sign * _slept_s(tokens, replica) for sign, tokens in ((1, many), (-1, few)))
+    steps = sum(sign * -(-tokens // replica.max_batch_tokens) for sign, tokens in ((1, many), (-1, few)))
+    return max(0.0, (long_s - short_s - slept_s) / steps) if steps else 0.0
 
 
 def compare(trace: Trace, shape: FleetShape, policies: Sequence[str]) -> Finding:
     """Both, for each policy."""
     rows, claims = [], []
+    overhead_s = step_overhead_s(trace, shape)
+    paced = replace(shape, step_s=shape.step_s + overhead_s)
     for policy in policies:
-        model, fleet = simulated(trace, shape, policy), real(trace, shape, policy)
+        model, fleet = simulated(trace, paced, policy), real(trace, shape, policy)
         rows += [_row(policy, "simulated", model), _row(policy, "real", fleet)]
         hits = abs(model.hit_ratio / fleet.hit_ratio - 1) if fleet.hit_ratio else float(model.hit_ratio > 0)
         ttft = abs(model.ttft_mean_s / fleet.ttft_mean_s - 1)
@@ -91,7 +101,8 @@ def compare(trace: Trace, shape: FleetShape, policies: Sequence[str]) -> Finding
     cost = shape.replica(trace).cost
     setting = (
         f"{len(trace.requests)} requests in {trace.span_s:.0f} s, {shape.workers} workers, {shape.routers} routers, "
-        f"cache {shape.cache_fraction:g}, a step {cost.step_s * 1e3:g} ms and {cost.token_s * 1e3:.2f} ms a position"
+        f"cache {shape.cache_fraction:g}, a step {cost.step_s * 1e3:g} ms, measured {overhead_s * 1e3:.2f} ms more, "
+        f"and {cost.token_s * 1e3:.2f} ms a position"
     )
     return Finding("fleet_replay", setting, tuple(rows), tuple(claims))
 
@@ -108,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trace = quickened(
             read_trace(arguments.trace, arguments.block_size, arguments.units, arguments.limit), arguments.speed
         )
+        trace = trace.spread() if arguments.spread else trace
         shape = FleetShape(
             workers=arguments.workers,
             cache_fraction=arguments.cache_fraction,
@@ -126,6 +138,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         show([finding])
     return 0 if finding.met else 1
+
+
+def _slept_s(tokens: int, replica: ReplicaShape) -> float:
+    return -(-tokens // replica.max_batch_tokens) * replica.cost.step_s + tokens * replica.cost.token_s
+
+
+async def _probe(target: str, tokens: int, workers: int) -> float:
+    """Mean time to the only token of as many prompts as workers, sent at once; no two lengths begin alike."""
+    async with AsyncClient(target, tenant="probe") as client:
+        prompts = [
+            array("I", [VOCAB[number], *[VOCAB[tokens % len(VOCAB)]] * (tokens - 1)]) for number in range(workers)
+        ]
+        asked = (client.generate(token_ids=prompt, max_tokens=1, ignore_eos=True) for prompt in prompts)
+        began = time.monotonic()
+        return mean(await asyncio.gather(*(_seconds(one, began) for one in asked)))
+
+
+async def _seconds(answer: Awaitable[object], began: float) -> float:
+    await answer
+    return time.monotonic() - began
+
+
+def _fleet(trace: Trace, shape: FleetShape, policy: str) -> AbstractContextManager[ProcessFleet]:
+    replica = shape.replica(trace)
+    worker = WorkerSettings(
+        model=MODEL,
+        block_size=replica.block_size,
+        runner="simulated",
+        device_blocks=replica.num_blocks,
+        max_batch_tokens=replica.max_batch_tokens,
+        max_sequences=replica.max_sequences,
+        simulated_step_ms=replica.cost.step_s * 1e3,
+        simulated_prefill_tokens_per_s=1.0 / replica.cost.token_s,
+    )
+    router = RouterSettings(model=MODEL, block_size=replica.block_size, placement=PLACEMENTS[policy])
+    return process_fleet(worker, shape.workers, router, shape.routers)
 
 
 async def _send(trace: Trace, targets: Sequence[str]) -> tuple[list[Fate], float]:
@@ -195,6 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--units", type=int, default=16, help="positions of a block, here and there")
     parser.add_argument("--limit", type=int, default=300, help="the first requests only")
     parser.add_argument("--speed", type=float, default=1.0, help="how much faster than in the trace they arrive")
+    parser.add_argument("--spread", action="store_true", help="equal timestamps: spread evenly until the next one")
     parser.add_argument("--policy", choices=("all", *PLACEMENTS), default="all")
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--routers", type=int, default=1)

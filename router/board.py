@@ -6,7 +6,7 @@ from the members; tests ask both.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 import numpy as np
@@ -50,15 +50,16 @@ class Board:
         self.pulls = PullMeter()
         self._block_size = block_size
         self._members: list[Member] = []
+        self._joined: Mapping[WorkerId, Member] | None = None
         self._row_of: dict[WorkerId, int] = {}
         self._changed: set[Member] = set()
         self._arrivals, self._work = Meters(0, now), Meters(0, now)
         self._rates = np.zeros(0)
         self._lay_out([])
 
-    def set_members(self, members: Iterable[Member]) -> None:
-        """These are all there are now."""
-        self._lay_out(sorted(members, key=attrgetter("id")))
+    def set_members(self, members: Mapping[WorkerId, Member]) -> None:
+        """These are all there are now. Looked at when they are next asked for, so that many may come one by one."""
+        self._joined = members
 
     def touch(self, member: Member) -> None:
         """Its standing may have changed."""
@@ -94,16 +95,19 @@ class Board:
     @property
     def can_pull(self) -> bool:
         """Whether there are workers that can give blocks to each other."""
+        self._settle()
         formats = [member.payload_format for member in self._members if member.payload_format]
         return len(set(formats)) < len(formats)
 
     def pull_rates(self, now: float) -> PullRates:
         """What blocks of another worker cost at present."""
+        self._settle()
         token_s = self._rows.s_per_token
         return self.pulls.rates(float(token_s.max()) if len(token_s) else 0.0, now)
 
     def learn(self, member: Member, first: FirstOutput, now: float) -> None:
         """Compare what was predicted of a request with what its first output says."""
+        self._settle()
         terms, admission = first.placement.chosen, first.admission
         row = self._row_of.get(member.id)
         if terms is None or row is None or self._members[row] is not member:
@@ -140,6 +144,7 @@ class Board:
 
     def sent(self, now: float) -> Loads:
         """What this router sent to each worker, for the other routers."""
+        self._settle()
         arrivals, work = self._arrivals.per_second(now).tolist(), self._work.per_second(now).tolist()
         s_per_token = self._rows.s_per_token
         return {
@@ -158,11 +163,18 @@ class Board:
 
     # Columns
 
+    def _settle(self) -> None:
+        if self._joined is not None:
+            members, self._joined = self._joined, None
+            self._lay_out(sorted(members.values(), key=attrgetter("id")))
+
     def _lay_out(self, members: list[Member]) -> None:
-        before = [self._row_of.get(member.id) for member in members]
+        # Another life of a worker is another member.
+        row_of = {member: row for row, member in enumerate(self._members)}
+        before = [row_of.pop(member, None) for member in members]
         self._arrivals, self._work = self._arrivals.moved(before), self._work.moved(before)
-        for worker in self._row_of.keys() - {member.id for member in members}:
-            self.ghost.drop(worker)
+        for member in row_of:
+            self.ghost.drop(member.id)
         for member in members:
             self.ghost.resize(member.id, member.lease.device_blocks)
         self._members = members
@@ -185,6 +197,7 @@ class Board:
 
     def _catch_up(self, now: float) -> None:
         """Write what changed since the last decision, and what time changes."""
+        self._settle()
         self.heads.expire(now)
         rows = self._rows
         for worker, epoch in self.peers.news():

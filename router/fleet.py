@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import PurePath
@@ -95,6 +95,8 @@ class Fleet:
         self._clock = clock
         self._link_type = link_type
         self._members: dict[WorkerId, Member] = {}
+        self._fitting: dict[str, set[WorkerId]] = {}  # by the fingerprint of their model
+        self._ready_workers: set[WorkerId] = set()
         self._board = Board(block_size, clock())
         self._adopted: FleetModel | None = None
         self._ready = asyncio.Event()
@@ -112,7 +114,6 @@ class Fleet:
         self._mirror.on_lease_change = None
         for worker in list(self._members):
             self._drop(worker)
-        self._update_ready()
         await asyncio.gather(*self._closing)
 
     @property
@@ -219,7 +220,7 @@ class Fleet:
         if member is not None and member.lease.epoch == epoch:
             member.said_draining = True
             self._board.touch(member)
-            self._update_ready()
+            self._update_ready(member)
 
     # Leases and links
 
@@ -231,7 +232,7 @@ class Fleet:
             member.lease = lease
             member.ended = False
             self._board.touch(member)
-            self._update_ready()
+            self._update_ready(member)
         else:
             self._drop(worker)
             self._members[worker] = Member(
@@ -242,8 +243,8 @@ class Fleet:
                 on_change=self._board.touch,
                 on_first=self._first_output,
             )
-            self._board.set_members(self._members.values())
-            self._judge()
+            self._board.set_members(self._members)
+            self._join(self._members[worker])
 
     def _lease_ended(self, worker: WorkerId, member: Member | None) -> None:
         """No new request goes there; those that run go on while the link lives."""
@@ -261,19 +262,22 @@ class Fleet:
     def _drop(self, worker: WorkerId) -> None:
         member = self._members.pop(worker, None)
         if member is not None:
-            self._board.set_members(self._members.values())
+            self._board.set_members(self._members)
+            self._leave(member)
             task = asyncio.create_task(member.link.stop())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
     def _link_changed(self, worker: WorkerId) -> None:
         member = self._members.get(worker)
-        if member is not None:
-            self._board.touch(member)
-        if member is not None and member.ended and not (member.link.live and member.link.num_streams):
+        if member is None:
+            return
+        self._board.touch(member)
+        self._update_ready(member)
+        if member.ended and not (member.link.live and member.link.num_streams):
             self._drop(worker)
-            self._judge()
-        self._update_ready()
+            if self._adopt():
+                self._judge(self._members.values())
 
     def _first_output(self, member: Member, first: FirstOutput) -> None:
         """Learn from it. Blocks that were not there, and are not stored now, are struck from the index."""
@@ -295,18 +299,32 @@ class Fleet:
             struck = [BlocksRemoved(list(keys), tier) for tier in (DEVICE, CPU)]
             self._index.apply(member.id, member.lease.epoch, struck)
 
-    def _update_ready(self) -> None:
-        if any(member.state is WorkerState.READY for member in self._members.values()):
-            self._ready.set()
+    def _update_ready(self, member: Member) -> None:
+        """Its state may have changed."""
+        if self._members.get(member.id) is member and member.state is WorkerState.READY:
+            self._ready_workers.add(member.id)
         else:
-            self._ready.clear()
+            self._ready_workers.discard(member.id)
+        (self._ready.set if self._ready_workers else self._ready.clear)()
 
     # Who belongs
 
-    def _judge(self) -> None:
-        """Refuse or accept each worker, and link to those accepted."""
-        self._adopt()
-        for member in self._members.values():
+    def _join(self, member: Member) -> None:
+        """A member is new. The others are looked at only where it changes what is served: a thousand may come."""
+        if not self._mismatch(member.lease):
+            self._fitting.setdefault(member.lease.model_fingerprint, set()).add(member.id)
+        self._judge(self._members.values() if self._adopt() else [member])
+
+    def _leave(self, member: Member) -> None:
+        self._update_ready(member)
+        for fingerprint, workers in list(self._fitting.items()):
+            workers.discard(member.id)
+            if not workers:
+                del self._fitting[fingerprint]
+
+    def _judge(self, members: Iterable[Member]) -> None:
+        """Refuse or accept each, and link to those accepted."""
+        for member in members:
             refused = self._refusal(member.lease)
             if refused and not member.refused:
                 logger.warning("worker %s is refused: %s", member.lease.worker_id, refused)
@@ -314,15 +332,16 @@ class Fleet:
             self._board.touch(member)
             if not refused:
                 member.link.start()
-        self._update_ready()
+            self._update_ready(member)
 
-    def _adopt(self) -> None:
-        """Keep to the model that is served; choose anew only when no worker serves it any more."""
-        fitting = [self._members[worker].lease for worker in sorted(self._members)]
-        fitting = [lease for lease in fitting if not self._mismatch(lease)]
+    def _adopt(self) -> bool:
+        """Keep to the model that is served; choose anew only when no worker serves it any more. Whether that was so."""
         current = self._adopted.model_fingerprint.hex() if self._adopted else ""
-        if fitting and all(lease.model_fingerprint != current for lease in fitting):
-            self._adopted = _fleet_model(fitting[0])
+        if not self._fitting or current in self._fitting:
+            return False
+        first = min(min(workers) for workers in self._fitting.values())
+        self._adopted = _fleet_model(self._members[first].lease)
+        return True
 
     def _refusal(self, lease: Lease) -> str:
         mismatch = self._mismatch(lease)

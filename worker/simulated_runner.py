@@ -46,7 +46,10 @@ class StepCost:
 
 
 class SimulatedRunner:
-    """Implements `Runner`. `sleep` and `clock` are passed in, so that a simulation can own time."""
+    """Implements `Runner`. `sleep` and `clock` are passed in, so that a simulation can own time.
+
+    `beside`: a runner whose blocks this one reads and writes too, where several simulated workers have one pool.
+    """
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class SimulatedRunner:
         block_bytes: int = 0,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
+        beside: SimulatedRunner | None = None,
     ) -> None:
         self.spec = spec
         self._cost = cost
@@ -65,7 +69,9 @@ class SimulatedRunner:
         self._sleep = sleep
         self._clock = clock
         # [num_blocks, block_size]
-        self._blocks: npt.NDArray[np.uint32] = np.full((spec.num_blocks, spec.block_size), NEVER_WRITTEN, np.uint32)
+        self._blocks: npt.NDArray[np.uint32] = (
+            np.full((spec.num_blocks, spec.block_size), NEVER_WRITTEN, np.uint32) if beside is None else beside._blocks
+        )
         self.mover: BlockMover | None = None
         if num_cpu_blocks:
             self.mover = SimulatedMover(

@@ -61,9 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         _show(trace, shape, runs)
     if arguments.plot is not None:
-        from bench.simulate.plot import write_plots
+        from bench.simulate.plot import write_plot
 
-        write_plots({run.policy: run.figures for run in runs}, arguments.plot)
+        name = Path(arguments.trace).name.split(".")[0]
+        title = f"{name}: {len(trace.requests):,} requests, {shape.workers} workers, cache {shape.cache_fraction:g}"
+        write_plot({run.policy: run.figures for run in runs}, arguments.plot / name, title)
     return 0
 
 
@@ -126,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--units", type=int, default=0, help="positions that a block is simulated with")
     parser.add_argument("--jobs", type=int, default=1, help="policies replayed at the same time")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="write plots there")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write a plot there, named as the trace")
     return parser
 
 

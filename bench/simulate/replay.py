@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -18,10 +18,10 @@ from bench.simulate.exchange import Exchange
 from bench.simulate.replica import ROOT, Replica, ReplicaShape
 from bench.simulate.routers import SimulatedRouter
 from bench.simulate.trace import Trace, TraceRequest
-from kvstore.block import WorkerId
+from kvstore.block import BlockKey, WorkerId
 from kvstore.block_key import block_keys
-from kvstore.block_pool import BlockPool
 from kvstore.events import Event
+from kvstore.index import CachedPrefix
 from kvstore.memory_index import MemoryIndex
 from kvstore.scope import Region
 from router.placement import Prompt
@@ -92,6 +92,20 @@ class _Place:
     load_at: float = field(default=float("-inf"))
 
 
+class _PoolIndex(MemoryIndex):
+    """Of workers over one pool: what is there, all of them have. Kept once, whoever says it."""
+
+    def __init__(self, workers: Iterable[str]) -> None:
+        super().__init__()
+        self._all = [WorkerId(worker) for worker in workers]
+
+    def apply(self, worker: WorkerId, epoch: int, events: Iterable[Event]) -> None:
+        super().apply(self._all[0], epoch, events)
+
+    def match(self, keys: Sequence[BlockKey]) -> dict[WorkerId, CachedPrefix]:
+        return {worker: prefix for prefix in super().match(keys).values() for worker in self._all}
+
+
 class Replay:
     """`run` it once. `policy` is one of `POLICIES`."""
 
@@ -102,7 +116,7 @@ class Replay:
         self._places = {replica.name: _Place(replica) for replica in self._replicas()}
         for place in self._places.values():
             place.replica.warm_up()
-        self._index = MemoryIndex()
+        self._index = _PoolIndex(self._places) if self._one_pool else MemoryIndex()
         leases = [place.replica.lease() for place in self._places.values()]
         self._routers = [
             SimulatedRouter(f"router-{number}", leases, self._index, POLICIES[policy]())
@@ -137,10 +151,11 @@ class Replay:
     def _replicas(self) -> list[Replica]:
         shape = self._shape.replica(self._trace)
         workers = self._shape.workers
-        pool = BlockPool(shape.num_blocks * workers, shape.block_size) if self._one_pool else None
-        if pool is not None:
-            shape = replace(shape, num_blocks=pool.num_blocks)
-        return [Replica(f"worker-{number:04}", shape, pool) for number in range(workers)]
+        names = [f"worker-{number:04}" for number in range(workers)]
+        if not self._one_pool:
+            return [Replica(name, shape) for name in names]
+        first = Replica(names[0], replace(shape, num_blocks=shape.num_blocks * workers))
+        return [first, *(Replica(name, first.shape, beside=first) for name in names[1:])]
 
     def _at(self, when: float, act: Callable[[float], None]) -> None:
         heapq.heappush(self._to_come, (when, next(self._order), act))
@@ -199,8 +214,7 @@ class Replay:
         if report.outputs or report.load is not None:
             self._at(ended + self._shape.link_s, partial(self._hear, name, report.outputs, report.load))
         if report.events:
-            names = list(self._places) if self._one_pool else [name]
-            self._at(ended + self._shape.event_lag_s, partial(self._learn, names, report.events))
+            self._at(ended + self._shape.event_lag_s, partial(self._learn, name, report.events))
 
     # Routers
 
@@ -219,6 +233,5 @@ class Replay:
                 self._left -= 1
             self._routers[output.sequence_id % len(self._routers)].take_output(output)
 
-    def _learn(self, workers: Sequence[str], events: Sequence[Event], now: float) -> None:
-        for worker in workers:
-            self._index.apply(WorkerId(worker), 1, events)
+    def _learn(self, worker: str, events: Sequence[Event], now: float) -> None:
+        self._index.apply(WorkerId(worker), 1, events)

@@ -41,20 +41,26 @@ class ReplicaShape:
 
 
 class Replica:
-    """`submit`, then `step` whenever it is due. `pool`: one that several replicas share."""
+    """`submit`, then `step` whenever it is due. `beside`: a replica whose pool this one has too."""
 
-    def __init__(self, name: str, shape: ReplicaShape, pool: BlockPool | None = None) -> None:
+    def __init__(self, name: str, shape: ReplicaShape, beside: Replica | None = None) -> None:
         self.name = name
         self.shape = shape
         self.busy_s = 0.0
         self._time = SimulatedTime()
         spec = ModelSpec(MODEL, FINGERPRINT, VOCAB_SIZE, shape.max_model_len, (), shape.num_blocks, shape.block_size)
-        runner = SimulatedRunner(spec, shape.cost, sleep=self._time.sleep, clock=self._time.now)
-        self.pool = pool or BlockPool(shape.num_blocks, shape.block_size)
+        self.runner: SimulatedRunner = SimulatedRunner(
+            spec,
+            shape.cost,
+            sleep=self._time.sleep,
+            clock=self._time.now,
+            beside=None if beside is None else beside.runner,
+        )
+        self.pool: BlockPool = BlockPool(shape.num_blocks, shape.block_size) if beside is None else beside.pool
         limits = SchedulerLimits(shape.max_batch_tokens, shape.max_sequences, MAX_WAITING, shape.max_model_len)
         self._scheduler = Scheduler(self.pool, limits)
         self._reports: list[StepReport] = []
-        self._engine = Engine(runner, self.pool, self._scheduler, self._reports.append, clock=self._time.now)
+        self._engine = Engine(self.runner, self.pool, self._scheduler, self._reports.append, clock=self._time.now)
 
     @property
     def now(self) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.fleet_replay import PLACEMENTS, real, simulated
+from bench.fleet_replay import PLACEMENTS, real, simulated, step_overhead_s
 from bench.shares import CASES, HEAVY, LIGHT, measure
 from bench.simulate.replay import FleetShape
 from bench.simulate.trace import read_trace
@@ -28,6 +28,13 @@ def test_the_simulator_finds_what_a_real_fleet_finds(tmp_path: Path, policy: str
     model, fleet = simulated(trace, shape, policy), real(trace, shape, policy)
     assert fleet.refused == model.refused == 0
     assert fleet.hit_ratio == pytest.approx(model.hit_ratio, abs=0.1)
+
+
+@pytest.mark.timeout(90)
+def test_what_a_step_takes_beside_the_runner_is_measured_on_the_fleet(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    write_trace(generate(CONVERSATIONS), path)
+    assert step_overhead_s(read_trace(path, 16, 16), FleetShape(workers=2, step_s=0.01, batch_tokens=4)) > 0.0
 
 
 @pytest.mark.timeout(90)

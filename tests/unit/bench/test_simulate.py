@@ -18,6 +18,7 @@ from bench.simulate.replay import FleetShape, Replay
 from bench.simulate.report import Figures, document, figures, quantile
 from bench.simulate.trace import Trace, read_trace
 from bench.traces import Scenario, generate, write_trace
+from kvstore.block import BlockKey
 from pando.errors import ConfigError
 
 Rows = Sequence[dict[str, Any]]
@@ -198,6 +199,16 @@ def test_many_workers_with_many_routers(write: Write) -> None:
     assert all(fate.ttft_s is not None for fate in outcome.fates)
 
 
+def test_what_the_pool_has_is_kept_once_however_many_workers_it_has(conversations: Trace) -> None:
+    replay = Replay(conversations, FleetShape(workers=16), "one_pool")
+    runners = [place.replica.runner for place in replay._places.values()]
+    assert len({id(runner._blocks) for runner in runners}) == 1
+    replay.run()
+    assert len(replay._index.workers()) == 1
+    key = BlockKey(min(replay._index.keys_of(replay._index.workers()[0])))
+    assert set(replay._index.match([key])) == set(replay._places)
+
+
 # Reports
 
 
@@ -223,7 +234,7 @@ def test_the_document_has_what_its_readers_expect() -> None:
     }
 
 
-def test_the_command_prints_one_document_and_writes_plots(
+def test_the_command_prints_one_document_and_writes_a_plot(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(list(generate(CONVERSATIONS))[:60])
@@ -233,7 +244,10 @@ def test_the_command_prints_one_document_and_writes_plots(
     said = json.loads(capsys.readouterr().out)
     assert said["requests"] == 20 and list(said["policies"]) == list(POLICIES)
     plots = {plot.name for plot in (tmp_path / "plots").iterdir()}
-    assert plots == {f"{name}.{kind}" for name in ("hits_and_tail", "balance") for kind in ("svg", "png")}
+    assert plots == {"trace.svg", "trace.png"}
+    drawn = (tmp_path / "plots" / "trace.svg").read_text()
+    for policy, one in said["policies"].items():
+        assert policy in drawn and f"{one['max_over_mean_work']:.2f}" in drawn
 
 
 def test_the_command_shows_a_table(write: Write, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -50,6 +52,46 @@ async def test_leases_that_were_there_before_are_taken_over(stage: Stage) -> Non
     stage.mirror.say(stage.lease("a"))
     await stage.fleet.start()
     assert states(stage)["a"][0] is WorkerState.CONNECTING
+
+
+@pytest.mark.parametrize("others", [{}, {"model": "another"}], ids=["all fit", "none fits"])
+async def test_twice_the_workers_take_twice_the_calls_to_join(stage: Stage, others: dict[str, Any]) -> None:
+    """No join looks at all who joined before; nor does a link that comes up where no worker is ready yet."""
+
+    def join(first: int, end: int) -> int:
+        calls = 0
+
+        def count(frame: FrameType, event: str, argument: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        leases = [stage.lease(f"w{number}", **others) for number in range(first, end)]
+        before = sys.getprofile()
+        sys.setprofile(count)
+        for lease in leases:
+            stage.mirror.say(lease)
+            stage.link(lease.worker_id)._on_change()
+        sys.setprofile(before)
+        return calls
+
+    join(0, 10)
+    few = join(10, 110)
+    assert join(110, 210) < 1.1 * few
+
+
+async def test_a_new_life_has_nothing_of_the_last_one_even_if_nobody_asked_in_between(
+    stage: Stage, some_keys: Keys
+) -> None:
+    stage.add("a", "b")
+    for _ in range(50):
+        stage.reserve(some_keys("x", 6)).release()
+    stage.now += 2.0
+    other = stage.ask(some_keys("y", 6))
+    busy = max(stage.fleet.candidates(other), key=lambda candidate: candidate.arrivals_per_s)
+    assert busy.arrivals_per_s > 1.0
+    stage.add(str(busy.worker), epoch=2)
+    now = {candidate.worker: candidate.arrivals_per_s for candidate in stage.fleet.candidates(other)}
+    assert len(set(now.values())) == 1 and now[busy.worker] < busy.arrivals_per_s
 
 
 @pytest.mark.parametrize(
