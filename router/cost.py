@@ -80,7 +80,7 @@ class Pull:
 class Terms:
     """The cost of one worker, in seconds. The first four are the time to first token, the others what others lose.
 
-    `queue_s`: prefill ahead of the request. `slot_s`: until a sequence ends where all slots are taken. `step_s`: the
+    `queue_s`: prefill ahead of the request. `slot_s`: until there is a slot for it where all are taken. `step_s`: the
     running step, which it waits out. `plan_s`: of the cheapest plan. `decode_s`: put on the decodes that run there,
     summed. `behind_s`: put on requests that will come to queue behind it. `eviction_s`: to compute again what it
     evicts. `expected_cached` is `cached_tokens` times how far such predictions of this worker came true. `pull` is set
@@ -144,7 +144,8 @@ class Held:
     """Prompt tokens by worker, each a prefix: on its device; on either tier; on its device or being computed.
 
     None where no worker has more than on its device, or none can give blocks to another. `length_factor`: how much
-    longer than the average a token takes in prompts of this length.
+    longer than the average a token takes in prompts of this length. `ahead`: of each queue the part that is served
+    before this prompt; None for all.
     """
 
     device: Floats
@@ -152,6 +153,7 @@ class Held:
     computing: Floats | None = None
     sources: Sources | None = None
     length_factor: float = 1.0
+    ahead: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,13 +250,15 @@ def _cost(prompt: Prompt, rows: Columns, held: Held, sources: Sources | None) ->
     plan, cached, expected, plan_s = _plans(prompt, rows, held, pulled, own_s_per_token)
     missing = prompt.num_tokens - expected
     compute_s = missing * own_s_per_token
-    queue_s = rows.queued * s_per_token
-    slot_s, step_s = rows.slot_s.copy(), rows.step_s.copy()
+    busy_s = rows.queued * s_per_token
+    queue_s, slot_s, step_s = busy_s, rows.slot_s.copy(), rows.step_s.copy()
+    if held.ahead is not None:
+        queue_s, slot_s = queue_s * held.ahead, slot_s * held.ahead
     ttft_s = queue_s + slot_s + step_s + plan_s
     decode_s = compute_s * rows.running
     # Requests that arrive while this one, what is ahead of it and they themselves keep the worker busy all come later
     # by what it computes: so many they are, on average, in a queue with one server.
-    followers = (queue_s + plan_s) * rows.arrivals_per_s / (1.0 - rows.utilization)
+    followers = (busy_s + plan_s) * rows.arrivals_per_s / (1.0 - rows.utilization)
     behind_s = BEHIND * compute_s * followers
     evicted = np.maximum(prompt.num_tokens - held.device - rows.free_tokens, 0.0)
     eviction_s = evicted * s_per_token * rows.reuse
