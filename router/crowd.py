@@ -28,16 +28,18 @@ class Crowd:
 
     def enter(self, owner: ScopeRoot, weight: int, count: int, tokens: int) -> None:
         """So many more sequences of this owner are there; they wait, with so many tokens."""
-        waiting = self._waiting.get(owner_of(owner))
-        self._waiting[owner_of(owner)] = (weight, tokens if waiting is None else tokens + waiting[1])
+        told = owner_of(owner)
+        waiting = self._waiting.get(told)
+        self._waiting[told] = (weight, tokens if waiting is None else tokens + waiting[1])
         self._there[owner] = self._there.get(owner, 0) + count
         self._weights[owner] = weight
 
     def begin(self, owner: ScopeRoot, tokens: int) -> None:
         """So many of its tokens wait no more."""
-        weight, waiting = self._waiting.pop(owner_of(owner))
+        told = owner_of(owner)
+        weight, waiting = self._waiting.pop(told)
         if waiting > tokens:
-            self._waiting[owner_of(owner)] = (weight, waiting - tokens)
+            self._waiting[told] = (weight, waiting - tokens)
 
     def leave(self, owner: ScopeRoot, count: int) -> None:
         """So many have ended."""

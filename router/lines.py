@@ -72,11 +72,12 @@ class Lines:
             return
         self._lines[row] = line
         self._stale.add(row)
-        if line.keys() == before.keys():
-            return
-        for owner in line.keys() - before.keys():
-            self._rows_of[owner] = self._rows_of.get(owner, 0) + 1
-        for owner in before.keys() - line.keys():
+        for owner in line:
+            if owner not in before:
+                self._rows_of[owner] = self._rows_of.get(owner, 0) + 1
+        for owner in before:
+            if owner in line:
+                continue
             self._rows_of[owner] -= 1
             if owner in self._tokens:
                 self._tokens[owner][row], self._away[owner][row] = 0.0, before[owner][0]

@@ -250,7 +250,7 @@ class Member:
             load_share=self.load_share.value,
             confidence=self.confidence.value,
             excluded=self._exclusion(in_flight),
-            line=joined(self.crowd.line, others.line),
+            line=joined(self.crowd.line, others.line) if others.line else self.crowd.line,
         )
 
     def refusal(self, ask: Ask, standing: str) -> str:
