@@ -17,6 +17,7 @@ from kvstore.index import CachedPrefix
 from router.computing import Heads
 from router.cost import Columns, Held, Pull, cost
 from router.ghost import Ghost
+from router.lines import Lines, ahead, owner_of
 from router.member import FirstOutput, Member
 from router.peers import Loads, PeerLoads, SentLoad
 from router.placement import NO_WORKER, Candidate, Placement, Policy, PullRates, choose
@@ -156,6 +157,7 @@ class Board:
                 round(arrivals[row], RATE_DIGITS),
                 round(work[row], RATE_DIGITS),
                 member.num_waiting,
+                tuple((owner, *waiting) for owner, waiting in member.crowd.line.items()),
             )
             for row, member in enumerate(self._members)
             if member.num_open or arrivals[row] > LEAST_RATE
@@ -188,6 +190,7 @@ class Board:
         self._others_work = np.array([each.utilization for each in others], float)
         self._rows.s_per_token = seconds_per_token(self._rates)
         self._givers = Givers(len(members))
+        self._lines = Lines(len(members))
         self._standing_reasons = [""] * len(members)
         self._any_full = False
         self._changed = set(members)
@@ -236,6 +239,7 @@ class Board:
         self._reported[row], self._sent[row] = queue.reported, queue.sent
         self._first[row], self._first_since[row] = queue.first, queue.first_since
         self._others_queued[row] = queue.others
+        self._lines.write(row, standing.line)
         rows.step_s[row] = standing.step_s
         rows.slot_s[row] = standing.slot_wait_s
         rows.running[row] = standing.running
@@ -284,7 +288,15 @@ class Board:
             None if computing is None else computing * block_size,
             self._givers.sources(self.pull_rates(now)) if found and self._givers.can_give else None,
             self.lengths.factor(ask.prompt.num_tokens),
+            self._ahead(ask, device),
         )
+
+    def _ahead(self, ask: Ask, device: NDArray[np.float64]) -> NDArray[np.float64] | None:
+        owner = owner_of(ask.owner)
+        if not self._lines.has_others(owner):
+            return None
+        num_tokens = ask.num_tokens(ask.prompt.num_tokens) - device * self._block_size
+        return self._lines.ahead(owner, ask.weight, num_tokens)
 
     def _computing(
         self, keys: Sequence[BlockKey], device: NDArray[np.float64], most: int
@@ -336,4 +348,10 @@ class Board:
             payload_format=member.payload_format,
             pulls=member.giver.under_way,
             pull_share=self._givers.share(row),
+            ahead=ahead(
+                standing.line,
+                owner_of(ask.owner),
+                ask.weight,
+                ask.num_tokens(ask.prompt.num_tokens) - blocks * self._block_size,
+            ),
         )

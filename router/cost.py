@@ -80,7 +80,7 @@ class Pull:
 class Terms:
     """The cost of one worker, in seconds. The first four are the time to first token, the others what others lose.
 
-    `queue_s`: prefill ahead of the request. `slot_s`: until a sequence ends where all slots are taken. `step_s`: the
+    `queue_s`: prefill ahead of the request. `slot_s`: until there is a slot for it where all are taken. `step_s`: the
     running step, which it waits out. `plan_s`: of the cheapest plan. `decode_s`: put on the decodes that run there,
     summed. `behind_s`: put on requests that will come to queue behind it. `eviction_s`: to compute again what it
     evicts. `expected_cached` is `cached_tokens` times how far such predictions of this worker came true. `pull` is set
@@ -144,7 +144,8 @@ class Held:
     """Prompt tokens by worker, each a prefix: on its device; on either tier; on its device or being computed.
 
     None where no worker has more than on its device, or none can give blocks to another. `length_factor`: how much
-    longer than the average a token takes in prompts of this length.
+    longer than the average a token takes in prompts of this length. `ahead`: of each queue the part that is served
+    before this prompt; None for all.
     """
 
     device: Floats
@@ -152,6 +153,7 @@ class Held:
     computing: Floats | None = None
     sources: Sources | None = None
     length_factor: float = 1.0
+    ahead: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +253,10 @@ def cost(prompt: Prompt, rows: Columns, held: Held, out: NDArray[np.bool_] | Non
 
 @dataclass(frozen=True, slots=True)
 class _Before:
-    """What comes before a request's own plan, whichever that is; `wait_s` is the sum of the first three."""
+    """What does not depend on a request's own plan. `busy_s`: of all that queue; `queue_s` what comes before it;
+    `wait_s` is the sum of that, a slot and the step."""
 
+    busy_s: Floats
     queue_s: Floats
     slot_s: Floats
     step_s: Floats
@@ -283,10 +287,13 @@ class _Plans:
 
 
 def _before(prompt: Prompt, rows: Columns, held: Held) -> _Before:
-    queue_s = rows.queued * rows.s_per_token
-    slot_s, step_s = rows.slot_s.copy(), rows.step_s.copy()
+    busy_s = rows.queued * rows.s_per_token
+    queue_s, slot_s, step_s = busy_s, rows.slot_s.copy(), rows.step_s.copy()
+    if held.ahead is not None:
+        queue_s, slot_s = queue_s * held.ahead, slot_s * held.ahead
     evicted = np.maximum(prompt.num_tokens - held.device - rows.free_tokens, 0.0)
-    return _Before(queue_s, slot_s, step_s, evicted * rows.s_per_token * rows.reuse, queue_s + slot_s + step_s)
+    eviction_s = evicted * rows.s_per_token * rows.reuse
+    return _Before(busy_s, queue_s, slot_s, step_s, eviction_s, queue_s + slot_s + step_s)
 
 
 def _costs(
@@ -297,7 +304,7 @@ def _costs(
     decode_s = compute_s * rows.running
     # Requests that arrive while this one, what is ahead of it and they themselves keep the worker busy all come later
     # by what it computes: so many they are, on average, in a queue with one server.
-    followers = (before.queue_s + plans.seconds) * rows.arrivals_per_s / (1.0 - rows.utilization)
+    followers = (before.busy_s + plans.seconds) * rows.arrivals_per_s / (1.0 - rows.utilization)
     behind_s = BEHIND * compute_s * followers
     return Costs(
         rows.workers,

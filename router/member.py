@@ -13,6 +13,7 @@ from kvstore.block import BlockKey, WorkerId
 from kvstore.lease import Lease
 from router.computing import Chain, Computing, Heads
 from router.crowd import Crowd
+from router.lines import joined
 from router.link_messages import AdmissionReport, PullOrder, WorkerLoad
 from router.peers import PeerLoads, marks
 from router.placement import Placement
@@ -249,6 +250,7 @@ class Member:
             load_share=self.load_share.value,
             confidence=self.confidence.value,
             excluded=self._exclusion(in_flight),
+            line=joined(self.crowd.line, others.line) if others.line else self.crowd.line,
         )
 
     def refusal(self, ask: Ask, standing: str) -> str:
@@ -288,7 +290,7 @@ class Member:
         self._reported.placed(self.link.num_loads, placement.uncached_tokens, ask.num_answers)
         self._queued_tokens += placement.uncached_tokens
         self.num_open += ask.num_answers
-        self.crowd.enter(ask.owner, ask.weight, ask.num_answers)
+        self.crowd.enter(ask.owner, ask.weight, ask.num_answers, ask.num_tokens(placement.uncached_tokens))
         if placement.pull is not None:
             # What comes is not computed: who waits for it here finds nothing being computed.
             held_blocks = max(held_blocks, placement.pull.num_tokens // self.lease.block_size)
@@ -316,9 +318,11 @@ class Member:
         """Count its prompt tokens no more."""
         del self._waiting[reservation]
         self._started_at = now
-        self._queued_tokens -= reservation.placement.uncached_tokens
+        uncached, ask = reservation.placement.uncached_tokens, reservation.ask
+        self._queued_tokens -= uncached
+        self.crowd.begin(ask.owner, ask.num_tokens(uncached))
         self._num_started += reservation.num_answers
-        self._reported.started(self.link.num_loads, reservation.load_number, reservation.placement.uncached_tokens)
+        self._reported.started(self.link.num_loads, reservation.load_number, uncached)
         self._on_change(self)
 
     def learn(self, first: FirstOutput) -> None:

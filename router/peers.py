@@ -10,6 +10,7 @@ import asyncio
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,6 +18,7 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from kvstore.block import BlockKey, WorkerId
+from router.lines import Line, Owner, joined
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,8 @@ class SentLoad(msgspec.Struct, frozen=True, array_like=True):
     """One router's requests at one worker. `computing`: marks of the prompts that it has no first token of.
 
     `waiting`: of the sequences in flight those without a first token.
-    `arrivals_per_s` and `utilization` (seconds of work a second): what it sent there of late.
+    `arrivals_per_s` and `utilization` (seconds of work a second): what it sent there of late. `line`: owner, weight and
+    tokens of those who wait, as in `Waiting`.
     """
 
     epoch: int
@@ -42,6 +45,7 @@ class SentLoad(msgspec.Struct, frozen=True, array_like=True):
     arrivals_per_s: float = 0.0
     utilization: float = 0.0
     waiting: int = 0
+    line: tuple[tuple[bytes, int, int], ...] = ()
 
 
 Loads = dict[str, SentLoad]
@@ -57,6 +61,7 @@ class Total(NamedTuple):
     arrivals_per_s: float = 0.0
     utilization: float = 0.0
     waiting: int = 0
+    line: Line = MappingProxyType({})
 
     def plus(self, load: SentLoad) -> Total:
         """With one more router's."""
@@ -66,6 +71,7 @@ class Total(NamedTuple):
             self.arrivals_per_s + load.arrivals_per_s,
             self.utilization + load.utilization,
             self.waiting + load.waiting,
+            joined(self.line, {Owner(owner): (weight, tokens) for owner, weight, tokens in load.line}),
         )
 
 

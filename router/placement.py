@@ -41,8 +41,9 @@ class Candidate:
     `reuse`: probability that what it evicts next is asked for again. `load_share`: what a token loaded from its CPU
     tier takes of the time of one that is computed. `confidence`: how much of a predicted prefix it then found.
     `arrivals_per_s` and `utilization`: of late. `payload_format`: workers with the same give blocks to each other, with
-    none to nobody; `pulls` under way from it, and the share of what was asked of it that came. `excluded` says why it
-    cannot be chosen, empty if it can.
+    none to nobody; `pulls` under way from it, and the share of what was asked of it that came. `ahead`: how much of its
+    queue is served before this request, whose tenant may have little there. `excluded` says why it cannot be chosen,
+    empty if it can.
     """
 
     worker: WorkerId
@@ -64,6 +65,7 @@ class Candidate:
     payload_format: str = ""
     pulls: int = 0
     pull_share: float = 1.0
+    ahead: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +210,7 @@ def _columns(candidates: Sequence[Candidate]) -> tuple[Columns, Held]:
     held = Held(device)
     held.tiers = tiers if (tiers > device).any() else None
     held.computing = computing if (computing > device).any() else None
+    held.ahead = np.array([c.ahead for c in candidates])
     return rows, held
 
 

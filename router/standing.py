@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from kvstore.block import BlockKey, WorkerId
 from kvstore.scope import ScopeRoot
+from router.lines import Line
 from router.placement import Prompt
 
 NOBODY = ScopeRoot(b"")
@@ -51,6 +52,10 @@ class Ask:
     owner: ScopeRoot = NOBODY
     weight: int = 1
 
+    def num_tokens(self, uncached: int) -> int:
+        """The most that a worker may compute for it, where so much of its prompt is not cached."""
+        return uncached + self.prompt.max_tokens * self.num_answers
+
 
 class Queue(NamedTuple):
     """Uncached prompt tokens ahead of a new request, by two accounts, of which the greater holds.
@@ -82,3 +87,4 @@ class Standing(NamedTuple):
     load_share: float
     confidence: float
     excluded: str
+    line: Line

@@ -51,9 +51,10 @@ async def until(holds: Callable[[], bool], seconds: float = 3.0) -> None:
 async def test_each_hears_the_sum_of_the_others(redis_url: str) -> None:
     routers = [Router(redis_url, f"r{n}") for n in range(3)]
     for number, router in enumerate(routers):
-        router.sent = {"w1": SentLoad(5, 10 ** (number + 1), 1)}
+        router.sent = {"w1": SentLoad(5, 10 ** (number + 1), 1, line=((b"owner", 3, number + 1),))}
         await router.start()
     await until(lambda: [r.heard.at(W1, 5).queued_tokens for r in routers] == [1100, 1010, 110])
+    assert [r.heard.at(W1, 5).line for r in routers] == [{b"owner": (3, number)} for number in (5, 4, 3)]
     routers[2].sent = {}
     await until(lambda: routers[0].heard.at(W1, 5).queued_tokens == 100)
     await routers[1].stop()

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from kvstore.block import BlockKey
 from kvstore.events import CPU, BlocksStored
+from kvstore.scope import ScopeRoot
+from router.lines import owner_of
 from router.link_messages import AdmissionReport
 from router.member import Reservation
 from router.peers import SentLoad, marks
@@ -20,6 +22,7 @@ from router.standing import Ask
 from tests.unit.router.conftest import Stage
 
 NAMES = ("a", "b", "c", "d", "e")
+OWNERS = ((ScopeRoot(b"x" * 16), 3), (ScopeRoot(b"y" * 16), 1), (ScopeRoot(b"z" * 16), 2))
 
 acts = st.lists(
     st.tuples(
@@ -45,7 +48,8 @@ def act(stage: Stage, held: list[Reservation], what: str, which: int, number: in
     worker, keys = NAMES[which], prompt_keys(number, 4 + number)
     match what:
         case "reserve":
-            answer = stage.fleet.reserve(Ask(Prompt(16 * len(keys) + 5, 16, keys[3]), keys))
+            owner, weight = OWNERS[number % 3]
+            answer = stage.fleet.reserve(Ask(Prompt(16 * len(keys) + 5, 16, keys[3]), keys, owner=owner, weight=weight))
             if isinstance(answer, Reservation):
                 held.append(answer)
         case "start" if held:
@@ -71,7 +75,8 @@ def act(stage: Stage, held: list[Reservation], what: str, which: int, number: in
         case "break":
             stage.link(worker).break_off() if number % 2 else stage.link(worker).come_up()
         case "hear":
-            load = SentLoad(1, 700 * number, number, marks(keys, 0), number / 10, number / 20, number // 2)
+            line = tuple((owner_of(root), weight, 90 * number) for root, weight in OWNERS[: number % 3])
+            load = SentLoad(1, 700 * number, number, marks(keys, 0), number / 10, number / 20, number // 2, line)
             stage.fleet.peers.take([{worker: load}] if number else [])
         case "new":
             life = {"epoch": stage.fleet.epoch_of(worker) + 1, "payload_format": "x" if number % 3 else "y"}
@@ -96,7 +101,10 @@ def test_a_decision_is_the_one_over_all_candidates(
         for what, which, number in done:
             act(stage, held, what, which, number)
         keys = prompt_keys(family, 12)
-        ask = Ask(Prompt(12 * 16 + 3, 16, keys[3]), keys, avoid=frozenset([avoid]) if avoid else frozenset(), only=only)
+        avoided = frozenset([avoid]) if avoid else frozenset()
+        owner, weight = OWNERS[family % 3]
+        prompt = Prompt(12 * 16 + 3, 16, keys[3])
+        ask = Ask(prompt, keys, avoid=avoided, only=only, owner=owner, weight=weight)
         factor = stage.fleet._board.lengths.factor(ask.prompt.num_tokens)
         candidates = stage.fleet.candidates(ask)
         rates = stage.fleet._board.pull_rates(stage.now)
