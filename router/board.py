@@ -86,6 +86,7 @@ class Board:
         if placement.chosen is None or (row := self._row_of.get(placement.chosen.worker)) is None:
             return
         worker = placement.chosen.worker
+        self.peers.unheard.decide()
         self._arrivals.add(row, 1.0, now)
         self._work.add(row, placement.uncached_tokens * float(self._rows.s_per_token[row]), now)
         if keys and self._members[row].lease.reuse:
@@ -151,6 +152,7 @@ class Board:
                 round(arrivals[row], RATE_DIGITS),
                 round(work[row], RATE_DIGITS),
                 member.num_waiting,
+                member.fresh_tokens(now),
             )
             for row, member in enumerate(self._members)
             if member.num_open or arrivals[row] > LEAST_RATE
@@ -206,6 +208,7 @@ class Board:
                 self._any_full = QUEUE_FULL in self._standing_reasons
         done = np.maximum(now - self._first_since, 0.0) / rows.s_per_token
         rows.queued = np.maximum(self._reported, self._sent - np.minimum(done, self._first) + self._others_queued)
+        rows.others = self.peers.unheard.others
         rows.arrivals_per_s = self._arrivals.per_second(now) + self._others_arrivals
         rows.utilization = np.minimum(self._work.per_second(now) + self._others_work, MOST_UTILIZATION)
 

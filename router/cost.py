@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from kvstore.block import WorkerId
+from router.unheard import Others, expected
 
 Floats = NDArray[np.float64]
 Plan = Literal["recompute", "wait", "load", "pull"]
@@ -114,7 +115,10 @@ class Terms:
 
 @dataclass(slots=True)
 class Columns:
-    """What is believed of each worker whatever the prompt; rows are workers. See `placement.Candidate` for each."""
+    """What is believed of each worker whatever the prompt; rows are workers. See `placement.Candidate` for each.
+
+    `others`: what other routers are expected to place at this moment.
+    """
 
     workers: tuple[WorkerId, ...]
     name_hashes: NDArray[np.uint64]
@@ -129,14 +133,18 @@ class Columns:
     confidence: Floats
     arrivals_per_s: Floats
     utilization: Floats
+    others: Others | None = None
 
     @staticmethod
     def of(workers: Sequence[WorkerId]) -> Columns:
         """Rows of zeros, and of full confidence, for these workers."""
         hashes = np.array([xxh3_64_intdigest(worker.encode()) for worker in workers], dtype=np.uint64)
-        columns = Columns(tuple(workers), hashes, *(np.zeros(len(workers)) for _ in fields(Columns)[2:]))
+        columns = Columns(tuple(workers), hashes, *np.zeros((_NUM_FLOATS, len(workers))))
         columns.confidence[:] = 1.0
         return columns
+
+
+_NUM_FLOATS = sum(field.type == "Floats" for field in fields(Columns))
 
 
 @dataclass(slots=True)
@@ -187,7 +195,7 @@ class Pulled:
 
 @dataclass(slots=True)
 class Costs:
-    """All terms of all workers, as columns; those of `Terms`."""
+    """All terms of all workers, as columns; those of `Terms`. `unheard`: where tokens are expected of other routers."""
 
     workers: tuple[WorkerId, ...]
     plan: NDArray[np.int8]
@@ -203,6 +211,12 @@ class Costs:
     ttft_s: Floats
     total_s: Floats
     pulled: Pulled | None = None
+    unheard: Floats | None = None
+
+    @property
+    def held_here(self) -> Floats:
+        """Tokens of the prompt that each has by itself, or computes; 0 where the best is to fetch some."""
+        return self.cached if self.pulled is None else np.where(self.plan == _PULL, 0.0, self.cached)
 
     def terms(self, row: int, num_tokens: int) -> Terms:
         """One row as plain values."""
@@ -230,7 +244,8 @@ def cost(prompt: Prompt, rows: Columns, held: Held, out: NDArray[np.bool_] | Non
     Pulls are looked at where one could be the best: what it takes to begin and to compute the rest is less than any
     worker takes without.
     """
-    costs = _cost(prompt, rows, held, None)
+    unheard = None if rows.others is None else _unheard(rows, rows.others, out)
+    costs = _cost(prompt, rows, held, None, unheard)
     if held.sources is None:
         return costs
     have = held.device if held.tiers is None else held.tiers
@@ -238,17 +253,22 @@ def cost(prompt: Prompt, rows: Columns, held: Held, out: NDArray[np.bool_] | Non
     total_s = costs.total_s if out is None else costs.total_s[~out]
     if not prompt.ttft_s and total_s.min() <= held.sources.rates.start_s + rest_s:
         return costs
-    return _cost(prompt, rows, held, held.sources)
+    return _cost(prompt, rows, held, held.sources, unheard)
 
 
-def _cost(prompt: Prompt, rows: Columns, held: Held, sources: Sources | None) -> Costs:
+def _unheard(rows: Columns, others: Others, out: NDArray[np.bool_] | None) -> Floats:
+    ready_s = rows.queued * rows.s_per_token + rows.slot_s + rows.step_s
+    return expected(ready_s if out is None else np.where(out, np.inf, ready_s), rows.s_per_token, others.tokens)
+
+
+def _cost(prompt: Prompt, rows: Columns, held: Held, sources: Sources | None, unheard: Floats | None) -> Costs:
     s_per_token = rows.s_per_token
     own_s_per_token = s_per_token if held.length_factor == 1.0 else s_per_token * held.length_factor
     pulled = None if sources is None else _pulled(rows, held, sources, own_s_per_token)
     plan, cached, expected, plan_s = _plans(prompt, rows, held, pulled, own_s_per_token)
     missing = prompt.num_tokens - expected
     compute_s = missing * own_s_per_token
-    queue_s = rows.queued * s_per_token
+    queue_s = (rows.queued if unheard is None else rows.queued + unheard) * s_per_token
     slot_s, step_s = rows.slot_s.copy(), rows.step_s.copy()
     ttft_s = queue_s + slot_s + step_s + plan_s
     decode_s = compute_s * rows.running
@@ -274,6 +294,7 @@ def _cost(prompt: Prompt, rows: Columns, held: Held, sources: Sources | None) ->
         ttft_s,
         total_s,
         pulled,
+        unheard,
     )
 
 
