@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 
 from kvstore.block import BlockKey, WorkerId
 from kvstore.index import CachedPrefix
+from router.columns import Columns, Held
 from router.computing import Heads
-from router.cost import Columns, Held, Pull, cost
+from router.cost import cost
 from router.ghost import Ghost
 from router.lines import Lines, ahead, owner_of
 from router.member import FirstOutput, Member
 from router.peers import Loads, PeerLoads, SentLoad
 from router.placement import NO_WORKER, Candidate, Placement, Policy, PullRates, choose
+from router.plans import Pull
 from router.pulls import Givers, PullMeter
 from router.rates import LengthRates, Meters, seconds_per_token
 from router.standing import QUEUE_FULL, Ask, Standing
@@ -88,6 +90,7 @@ class Board:
         if placement.chosen is None or (row := self._row_of.get(placement.chosen.worker)) is None:
             return
         worker = placement.chosen.worker
+        self.peers.unheard.decide()
         self._arrivals.add(row, 1.0, now)
         self._work.add(row, placement.uncached_tokens * float(self._rows.s_per_token[row]), now)
         if keys and self._members[row].lease.reuse:
@@ -157,6 +160,7 @@ class Board:
                 round(arrivals[row], RATE_DIGITS),
                 round(work[row], RATE_DIGITS),
                 member.num_waiting,
+                member.fresh_tokens(now),
                 tuple((owner, *waiting) for owner, waiting in member.crowd.line.items()),
             )
             for row, member in enumerate(self._members)
@@ -222,6 +226,7 @@ class Board:
                 self._any_full = QUEUE_FULL in self._standing_reasons
         done = np.maximum(now - self._first_since, 0.0) / rows.s_per_token
         rows.queued = np.maximum(self._reported, self._sent - np.minimum(done, self._first) + self._others_queued)
+        rows.others = self.peers.unheard.others
         rows.arrivals_per_s = self._arrivals.per_second(now) + self._others_arrivals
         rows.utilization = np.minimum(self._work.per_second(now) + self._others_work, MOST_UTILIZATION)
 

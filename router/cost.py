@@ -1,79 +1,25 @@
 """What it costs to serve a prompt at each worker, in seconds: the one place where the terms are computed.
 
-Works on columns, a number for each worker, so that 500 workers take hardly longer than 8. Knows no clock and no live
-state. Invariant: a worker's cost depends on its own row alone, but for the source of a pull.
+Works on columns, a number for each worker. Knows no clock and no live state. Invariant: a worker's cost depends on its
+own row alone, but for the source of a pull.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest
 
 from kvstore.block import WorkerId
-
-Floats = NDArray[np.float64]
-Plan = Literal["recompute", "wait", "load", "pull"]
-PLANS: tuple[Plan, ...] = ("recompute", "wait", "load", "pull")
-_WAIT, _LOAD, _PULL = 1, 2, 3
+from router.columns import Columns, Floats, Held, Prompt
+from router.plans import PLANS, PULL, Plan, Plans, Pull, Pulled, cheapest, fetches, with_pulls
+from router.unheard import Others, expected
 
 BEHIND = 6.0
 """A second that requests behind this one are kept waiting costs more than itself: some go elsewhere for it, compute
-anew what they would have found, and keep others waiting there. Chosen on two traces, 3 against 6: 6 finds more
-cached tokens in three of four replays, and fewer, with a longer tail, in tau-bench with the larger cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What placement needs of a request. `tie_key` is equal for requests that should meet on an idle fleet.
-
-    `ttft_s` is the time to first token that its tenant shall get; 0 for none.
-    """
-
-    num_tokens: int
-    max_tokens: int
-    tie_key: bytes
-    ttft_s: float = 0.0
-
-    @property
-    def num_positions(self) -> int:
-        """Most positions the request can fill; its last token is never computed."""
-        return self.num_tokens + self.max_tokens - 1
-
-
-@dataclass(frozen=True, slots=True)
-class PullRates:
-    """What blocks of a peer cost: `start_s` once, `s_per_token` for each, times one more for each pull there is."""
-
-    start_s: float
-    s_per_token: float
-
-
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """Who may give blocks to whom: the rows of each group to each other. `pulls` under way from each, and the share
-    that came of what was asked of it lately."""
-
-    rates: PullRates
-    groups: tuple[NDArray[np.intp], ...]
-    pulls: Floats
-    shares: Floats
-
-
-@dataclass(frozen=True, slots=True)
-class Pull:
-    """Blocks to fetch first: `source` is believed to have the first `num_tokens` of the prompt, and to send those that
-    are missing in `seconds`, beside `others` that it sends. To compute those instead takes `compute_s`."""
-
-    source: WorkerId
-    num_tokens: int
-    seconds: float
-    others: float
-    compute_s: float
+anew what they would have found, and keep others waiting there. Chosen between 3 and 6 on two traces, where 6 finds more
+cached tokens in three of four replays; of four made-up traces that were not looked at before, three agree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,83 +59,8 @@ class Terms:
 
 
 @dataclass(slots=True)
-class Columns:
-    """What is believed of each worker whatever the prompt; rows are workers. See `placement.Candidate` for each."""
-
-    workers: tuple[WorkerId, ...]
-    name_hashes: NDArray[np.uint64]
-    queued: Floats
-    s_per_token: Floats
-    step_s: Floats
-    slot_s: Floats
-    running: Floats
-    free_tokens: Floats
-    reuse: Floats
-    load_share: Floats
-    confidence: Floats
-    arrivals_per_s: Floats
-    utilization: Floats
-
-    @staticmethod
-    def of(workers: Sequence[WorkerId]) -> Columns:
-        """Rows of zeros, and of full confidence, for these workers."""
-        hashes = np.array([xxh3_64_intdigest(worker.encode()) for worker in workers], dtype=np.uint64)
-        columns = Columns(tuple(workers), hashes, *(np.zeros(len(workers)) for _ in fields(Columns)[2:]))
-        columns.confidence[:] = 1.0
-        return columns
-
-
-@dataclass(slots=True)
-class Held:
-    """Prompt tokens by worker, each a prefix: on its device; on either tier; on its device or being computed.
-
-    None where no worker has more than on its device, or none can give blocks to another. `length_factor`: how much
-    longer than the average a token takes in prompts of this length. `ahead`: of each queue the part that is served
-    before this prompt; None for all.
-    """
-
-    device: Floats
-    tiers: Floats | None = None
-    computing: Floats | None = None
-    sources: Sources | None = None
-    length_factor: float = 1.0
-    ahead: Floats | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Pulled:
-    """For each worker what it would fetch: the row to fetch from (one number where it is the same for all), what is
-    then expected to be there, and seconds, infinite where there is nothing to fetch; tokens that are missing, and
-    seconds to compute one. By source: what it `has`, and `others` that it gives to."""
-
-    source: NDArray[np.intp] | int
-    has: Floats
-    expects: Floats
-    fetch_s: Floats
-    others: Floats
-    missing: Floats
-    s_per_token: Floats
-
-    @property
-    def prefix(self) -> Floats | float:
-        """What each would have of the prompt then; one number where it is the same for all."""
-        return float(self.has[self.source]) if isinstance(self.source, int) else self.has[self.source]
-
-    def pull(self, workers: Sequence[WorkerId], row: int) -> Pull:
-        """What one worker would fetch."""
-        source = self.source if isinstance(self.source, int) else int(self.source[row])
-        return Pull(
-            workers[source],
-            int(self.has[source]),
-            float(self.fetch_s[row]),
-            float(self.others[source]),
-            float(self.missing[row] * self.s_per_token[row]),
-        )
-
-
-@dataclass(slots=True)
 class Costs:
-    """All terms of all workers, as columns; those of `Terms`."""
+    """All terms of all workers, as columns; those of `Terms`. `unheard`: where tokens are expected of other routers."""
 
     workers: tuple[WorkerId, ...]
     plan: NDArray[np.int8]
@@ -205,6 +76,12 @@ class Costs:
     ttft_s: Floats
     total_s: Floats
     pulled: Pulled | None = None
+    unheard: Floats | None = None
+
+    @property
+    def held_here(self) -> Floats:
+        """Tokens of the prompt that each has by itself, or computes; 0 where the best is to fetch some."""
+        return self.cached if self.pulled is None else np.where(self.plan == PULL, 0.0, self.cached)
 
     def terms(self, row: int, num_tokens: int) -> Terms:
         """One row as plain values."""
@@ -222,7 +99,7 @@ class Costs:
             float(self.decode_s[row]),
             float(self.behind_s[row]),
             float(self.eviction_s[row]),
-            self.pulled.pull(self.workers, row) if self.pulled is not None and self.plan[row] == _PULL else None,
+            self.pulled.pull(self.workers, row) if self.pulled is not None and self.plan[row] == PULL else None,
         )
 
 
@@ -233,8 +110,9 @@ def cost(prompt: Prompt, rows: Columns, held: Held, out: NDArray[np.bool_] | Non
     worker takes without.
     """
     s_per_token = rows.s_per_token if held.length_factor == 1.0 else rows.s_per_token * held.length_factor
-    before = _before(prompt, rows, held)
-    plans = _plans(prompt, rows, held, s_per_token)
+    unheard = None if rows.others is None else _unheard(rows, rows.others, out)
+    before = _before(prompt, rows, held, unheard)
+    plans = cheapest(prompt, rows, held, s_per_token)
     costs = _costs(prompt, rows, before, plans, s_per_token)
     if held.sources is None:
         return costs
@@ -246,9 +124,14 @@ def cost(prompt: Prompt, rows: Columns, held: Held, out: NDArray[np.bool_] | Non
         least_s, total_s = least_s[~out], total_s[~out]
     if not prompt.ttft_s and total_s.min() <= least_s.min():
         return costs
-    pulled = _pulled(rows, held, held.sources, s_per_token)
-    with_pulls = None if pulled is None else _with_pulls(prompt, rows, held, plans, pulled)
-    return costs if with_pulls is None else _costs(prompt, rows, before, with_pulls, s_per_token, pulled=pulled)
+    pulled = fetches(rows, held, held.sources, s_per_token)
+    better = None if pulled is None else with_pulls(prompt, rows, held, plans, pulled)
+    return costs if better is None else _costs(prompt, rows, before, better, s_per_token, pulled=pulled)
+
+
+def _unheard(rows: Columns, others: Others, out: NDArray[np.bool_] | None) -> Floats:
+    ready_s = rows.queued * rows.s_per_token + rows.slot_s + rows.step_s
+    return expected(ready_s if out is None else np.where(out, np.inf, ready_s), rows.s_per_token, others.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,42 +145,21 @@ class _Before:
     step_s: Floats
     eviction_s: Floats
     wait_s: Floats
+    unheard: Floats | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Plans:
-    """For each worker its cheapest plan, the prefix that is not computed, how much of it will be found, and seconds."""
-
-    plan: NDArray[np.int8]
-    cached: Floats
-    expected: Floats
-    seconds: Floats
-
-    def or_better(self, code: int, prefix: Floats | float, expects: Floats, seconds: Floats) -> _Plans | None:
-        """With another plan where that is faster and saves more; None where it is nowhere."""
-        better = (prefix > self.cached) & (seconds < self.seconds)
-        if not better.any():
-            return None
-        return _Plans(
-            np.where(better, np.int8(code), self.plan),
-            np.where(better, prefix, self.cached),
-            np.where(better, expects, self.expected),
-            np.where(better, seconds, self.seconds),
-        )
-
-
-def _before(prompt: Prompt, rows: Columns, held: Held) -> _Before:
-    busy_s = rows.queued * rows.s_per_token
+def _before(prompt: Prompt, rows: Columns, held: Held, unheard: Floats | None) -> _Before:
+    busy_s = (rows.queued if unheard is None else rows.queued + unheard) * rows.s_per_token
     queue_s, slot_s, step_s = busy_s, rows.slot_s.copy(), rows.step_s.copy()
     if held.ahead is not None:
         queue_s, slot_s = queue_s * held.ahead, slot_s * held.ahead
     evicted = np.maximum(prompt.num_tokens - held.device - rows.free_tokens, 0.0)
     eviction_s = evicted * rows.s_per_token * rows.reuse
-    return _Before(busy_s, queue_s, slot_s, step_s, eviction_s, queue_s + slot_s + step_s)
+    return _Before(busy_s, queue_s, slot_s, step_s, eviction_s, queue_s + slot_s + step_s, unheard)
 
 
 def _costs(
-    prompt: Prompt, rows: Columns, before: _Before, plans: _Plans, s_per_token: Floats, *, pulled: Pulled | None = None
+    prompt: Prompt, rows: Columns, before: _Before, plans: Plans, s_per_token: Floats, *, pulled: Pulled | None = None
 ) -> Costs:
     compute_s = (prompt.num_tokens - plans.expected) * s_per_token
     ttft_s = before.wait_s + plans.seconds
@@ -321,70 +183,5 @@ def _costs(
         ttft_s,
         ttft_s + decode_s + behind_s + before.eviction_s,
         pulled,
+        before.unheard,
     )
-
-
-def _plans(prompt: Prompt, rows: Columns, held: Held, s_per_token: Floats) -> _Plans:
-    """Without pulls."""
-    found = held.device * rows.confidence
-    plans = _Plans(np.zeros(len(found), np.int8), held.device, found, (prompt.num_tokens - found) * s_per_token)
-    if held.computing is not None:
-        # What is computed there is in its queue, so the wait for it is counted already.
-        waited = held.computing * rows.confidence
-        seconds = (prompt.num_tokens - waited) * s_per_token
-        plans = plans.or_better(_WAIT, held.computing, waited, seconds) or plans
-    if held.tiers is not None:
-        tiers = held.tiers * rows.confidence
-        load_s = (tiers - found) * s_per_token * rows.load_share
-        seconds = load_s + (prompt.num_tokens - tiers) * s_per_token
-        plans = plans.or_better(_LOAD, held.tiers, tiers, seconds) or plans
-    return plans
-
-
-def _with_pulls(prompt: Prompt, rows: Columns, held: Held, plans: _Plans, pulled: Pulled) -> _Plans | None:
-    """What comes lies on the CPU and is loaded from there. None where no pull is better."""
-    loaded = pulled.expects - held.device * rows.confidence
-    computed = prompt.num_tokens - pulled.expects
-    seconds = pulled.fetch_s + (loaded * rows.load_share + computed) * pulled.s_per_token
-    return plans.or_better(_PULL, pulled.prefix, pulled.expects, seconds)
-
-
-def _pulled(rows: Columns, held: Held, sources: Sources, s_per_token: Floats) -> Pulled | None:
-    """What each worker would fetch, from the one of its group whose blocks save most; None where nobody has any."""
-    have, rates = held.device if held.tiers is None else held.tiers, sources.rates
-    token_s = rates.s_per_token * (1.0 + sources.pulls)
-    saved = have * sources.shares * (float(s_per_token.max()) - token_s)
-    found = have * rows.confidence
-    chosen = [(group, source) for group in sources.groups if (source := _source(rows, group, saved)) is not None]
-    if not chosen:
-        return None
-    from_whom: NDArray[np.intp] | int = chosen[0][1]
-    if len(chosen[0][0]) < len(have):
-        from_whom = np.full(len(have), -1)
-        for group, source in chosen:
-            from_whom[group] = source
-    missing = np.maximum(have[from_whom] - found, 0.0)
-    fetch_s = rates.start_s + missing * token_s[from_whom]
-    expects = found + missing * sources.shares[from_whom]
-    if not isinstance(from_whom, int):
-        fetch_s[from_whom < 0] = np.inf
-    fetch_s[[source for _, source in chosen]] = np.inf
-    return Pulled(from_whom, have, expects, fetch_s, sources.pulls, missing, s_per_token)
-
-
-def _source(rows: Columns, group: NDArray[np.intp], saved: Floats) -> int | None:
-    """Who of a group saves most, the first by name of those that save alike; None where nobody saves anything."""
-    within = saved[group]
-    most = within.max()
-    if most <= 0:
-        return None
-    best = group[within == most].tolist()
-    return int(best[0]) if len(best) == 1 else int(min(best, key=rows.workers.__getitem__))
-
-
-def rendezvous(rows: Columns, among: NDArray[np.intp], key: bytes) -> int:
-    """The one of these rows with the highest hash of worker and key: for one key the same in every router."""
-    mixed = rows.name_hashes[among] ^ np.uint64(xxh3_64_intdigest(key))
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return int(among[(mixed ^ (mixed >> np.uint64(31))).argmax()])

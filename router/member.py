@@ -15,7 +15,7 @@ from router.computing import Chain, Computing, Heads
 from router.crowd import Crowd
 from router.lines import joined
 from router.link_messages import AdmissionReport, PullOrder, WorkerLoad
-from router.peers import PeerLoads, marks
+from router.peers import FRESH_S, PeerLoads, marks
 from router.placement import Placement
 from router.pulls import Giver, timeout_s
 from router.rates import Mean
@@ -225,6 +225,15 @@ class Member:
         """Those of this router that are not computed yet."""
         queue = self._queue(self.load)
         return queue.sent - min(queue.first, int(max(0.0, now - queue.first_since) / s_per_token))
+
+    def fresh_tokens(self, now: float) -> int:
+        """Of those that this router waits for what it sent just now."""
+        tokens = 0
+        for waiting in reversed(self._waiting):
+            if now - waiting.placed_at > FRESH_S:
+                break
+            tokens += waiting.placement.uncached_tokens
+        return tokens
 
     def marks(self) -> bytes:
         """Those of the prompts that this router waits for."""

@@ -19,11 +19,14 @@ from redis.exceptions import RedisError
 
 from kvstore.block import BlockKey, WorkerId
 from router.lines import Line, Owner, joined
+from router.unheard import Unheard
 
 log = logging.getLogger(__name__)
 
 EVERY_S = 0.05
 TTL_S = 0.5
+FRESH_S = 2 * EVERY_S
+"""So old may be the newest thing that routers know of each other: what each said, and when the other heard it."""
 KEY_BYTES = 8
 """Of each block key, on the wire: a false hit costs time only."""
 _PER_OCTAVE = 8
@@ -34,7 +37,8 @@ class SentLoad(msgspec.Struct, frozen=True, array_like=True):
     """One router's requests at one worker. `computing`: marks of the prompts that it has no first token of.
 
     `waiting`: of the sequences in flight those without a first token.
-    `arrivals_per_s` and `utilization` (seconds of work a second): what it sent there of late. `line`: owner, weight and
+    `arrivals_per_s` and `utilization` (seconds of work a second): what it sent there of late.
+    `fresh_tokens`: of those queued what it sent in the last `FRESH_S`. `line`: owner, weight and
     tokens of those who wait, as in `Waiting`.
     """
 
@@ -45,6 +49,7 @@ class SentLoad(msgspec.Struct, frozen=True, array_like=True):
     arrivals_per_s: float = 0.0
     utilization: float = 0.0
     waiting: int = 0
+    fresh_tokens: int = 0
     line: tuple[tuple[bytes, int, int], ...] = ()
 
 
@@ -95,20 +100,24 @@ class PeerLoads:
         self._totals: dict[Place, Total] = {}
         self._places_of: dict[bytes, set[Place]] = {}
         self._news: set[Place] = set()
+        self.unheard = Unheard()
 
     def take(self, said: Iterable[Loads]) -> None:
         """What all others say now, in place of what they said before."""
         totals: dict[Place, Total] = {}
         places_of: dict[bytes, set[Place]] = {}
+        fresh_tokens = 0
         for loads in said:
             for worker, load in loads.items():
                 place = (WorkerId(worker), load.epoch)
+                fresh_tokens += load.fresh_tokens
                 totals[place] = totals.get(place, NOTHING).plus(load)
                 for at in range(0, len(load.computing), KEY_BYTES):
                     places_of.setdefault(load.computing[at : at + KEY_BYTES], set()).add(place)
         before = self._totals
         self._news.update(place for place in totals.keys() | before.keys() if totals.get(place) != before.get(place))
         self._totals, self._places_of = totals, places_of
+        self.unheard.hear(fresh_tokens)
 
     def at(self, worker: WorkerId, epoch: int) -> Total:
         """What others sent there and wait for."""
@@ -196,6 +205,7 @@ class PeerExchange:
         _, names, *said = await pipe.execute()
         self._others = [name for name in map(_text, names) if name != self._router]
         self._heard_at = self._clock()
+        self._loads.unheard.stand(self._others, self._router)
         self._loads.take(_decoded(said[0] if said else ()))
 
     async def _say_nothing(self) -> None:

@@ -14,9 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.block import WorkerId
-from router.cost import Columns, Costs, Floats, Held, Prompt, Pull, PullRates, Terms, cost, rendezvous
+from router.columns import Columns, Floats, Held, Prompt, PullRates, rendezvous
+from router.cost import Costs, Terms, cost
+from router.plans import Pull
 from router.pulls import Givers
 from router.rates import seconds_per_token
+from router.unheard import Others
 
 __all__ = ["Candidate", "Placement", "Policy", "Prompt", "Pull", "PullRates", "Terms", "choose", "place"]
 
@@ -109,13 +112,18 @@ def place(
     *,
     pull: PullRates | None = None,
     length_factor: float = 1.0,
+    others: Others | None = None,
 ) -> Placement:
-    """Choose a worker for `prompt`. `turn` is the number of the decision, for `round_robin` alone."""
+    """Choose a worker for `prompt`. `turn` is the number of the decision, for `round_robin` alone.
+
+    `others`: what other routers are expected to place at this moment.
+    """
     excluded = tuple((c.worker, c.excluded) for c in candidates if c.excluded)
     if len(excluded) == len(candidates):
         return Placement(None, NO_WORKER, 0, prompt.num_tokens, excluded, num_tokens=prompt.num_tokens)
     rows, held = _columns(candidates)
     held.length_factor = length_factor
+    rows.others = others
     if pull is not None:
         givers = Givers(len(candidates))
         for row, c in enumerate(candidates):
@@ -176,6 +184,8 @@ def _in_time(ttft_s: float, costs: Costs, total_s: Floats) -> tuple[Floats, floa
 
 
 def _cheapest(prompt: Prompt, rows: Columns, costs: Costs, total_s: Floats) -> tuple[int, str]:
+    if costs.unheard is not None and rows.others is not None:
+        total_s = _apart(rows.others, costs, costs.unheard, total_s)
     least = float(total_s.min())
     near = np.flatnonzero(total_s <= max(least * (1 + TIE_FRACTION), least + TIE_S))
     if len(near) == 1:
@@ -189,6 +199,20 @@ def _cheapest(prompt: Prompt, rows: Columns, costs: Costs, total_s: Floats) -> t
         # Sorted, so that the order of rows does not show in the last bit of the mean.
         tied = tied[busy <= max(BOUND * float(np.sort(busy).mean()), float(busy.min()))]
     return rendezvous(rows, tied, prompt.tie_key), "near tie, rendezvous"
+
+
+def _apart(others: Others, costs: Costs, unheard: Floats, total_s: Floats) -> Floats:
+    """Without those that have no more of the prompt than any, but for this router's part of them.
+
+    Other routers see the same least cost at the same moment and would all go there.
+    """
+    able = np.isfinite(total_s)
+    held = costs.held_here
+    more = held > held[able].min()
+    weights = np.where(able & ~more, unheard, 0.0)
+    if not weights.any():
+        return total_s
+    return np.where(more | others.part(weights), total_s, np.inf)
 
 
 def _columns(candidates: Sequence[Candidate]) -> tuple[Columns, Held]:

@@ -11,7 +11,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from router.cost import Pull, PullRates, Sources
+from router.columns import PullRates, Sources
+from router.plans import Pull
 
 FIRST_START_S = 0.05
 FIRST_SHARE = 0.5

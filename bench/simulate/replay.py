@@ -134,8 +134,8 @@ class Replay:
         now = start = self._start
         for number, request in enumerate(self._trace.requests):
             self._fates.append(Fate(request.prompt, start + request.arrival_s))
-            for at, router in self._exchange.wanted(number % len(self._routers), start + request.arrival_s):
-                self._at(at, partial(self._exchange.say, router))
+            for at, exchange in self._exchange.wanted(number % len(self._routers), start + request.arrival_s):
+                self._at(at, exchange)
         self._at(start, partial(self._arrive, 0))
         while self._left:
             left = self._left
@@ -172,7 +172,6 @@ class Replay:
         tie_key = keys[self._trace.head] if self._trace.head < len(keys) else token_ids.tobytes()
         router = self._routers[number % len(self._routers)]
         router.now = now
-        self._exchange.hear(number % len(self._routers), now)
         prompt = Prompt(request.prompt, request.answer, tie_key)
         worker = router.place(number, prompt, keys, request.session.encode() or tie_key)
         if worker is None:

@@ -64,6 +64,7 @@ class SimulatedRouter:
     """Places requests by `choose`, or by the fleet's own placement where that names nobody."""
 
     def __init__(self, name: str, leases: Sequence[Lease], index: MemoryIndex, choose: Choose) -> None:
+        self.name = name
         self.now = 0.0
         self._choose = choose
         self._links: dict[str, SaidLink] = {}

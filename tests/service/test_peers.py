@@ -12,7 +12,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from kvstore.block import WorkerId
-from router.peers import PeerExchange, PeerLoads, SentLoad
+from router.peers import EVERY_S, PeerExchange, PeerLoads, SentLoad
+from router.unheard import Others
 from tests.conftest import RedisServer
 
 pytestmark = pytest.mark.asyncio
@@ -60,6 +61,21 @@ async def test_each_hears_the_sum_of_the_others(redis_url: str) -> None:
     await routers[1].stop()
     await until(lambda: routers[0].heard.at(W1, 5).in_flight == 0)
     for router in (routers[0], routers[2]):
+        await router.stop()
+
+
+async def test_each_learns_what_the_others_send_at_the_moment_of_its_decisions(redis_url: str) -> None:
+    routers = [Router(redis_url, f"r{n}") for n in range(3)]
+    for number, router in enumerate(routers):
+        router.sent = {"w1": SentLoad(5, 0, 0, fresh_tokens=10 ** (number + 1))}
+        await router.start()
+    await until(lambda: all(r.heard.news() for r in routers))
+    await asyncio.sleep(3 * EVERY_S)
+    for router in routers:
+        router.heard.unheard.decide()
+    await until(lambda: all(r.heard.unheard.others for r in routers))
+    assert [r.heard.unheard.others for r in routers] == [Others(1100, 0, 3), Others(1010, 1, 3), Others(110, 2, 3)]
+    for router in routers:
         await router.stop()
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -150,6 +151,20 @@ def test_a_router_knows_what_another_one_sent_a_moment_ago(write: Write) -> None
     ttfts = [fate.ttft_s for fate in Replay(trace, FleetShape(workers=8, routers=2, load=0.2), "pando").run().fates]
     alone = [fate.ttft_s for fate in Replay(trace, FleetShape(workers=8, load=0.2), "pando").run().fates]
     assert ttfts == pytest.approx(alone)
+
+
+def test_a_burst_over_all_routers_in_one_instant_is_spread(write: Write) -> None:
+    """Each of eight routers gets one new prompt of eight, while workers differ in what they still have to do."""
+    rows = [
+        row(4000 * (n // 8), 640 * (1 + n * 7 % 13), 1, *range(100 * n, 100 * n + 1 + n * 7 % 13)) for n in range(480)
+    ]
+    trace = read_trace(write(rows), 64, 16)
+    means = []
+    for routers in (1, 8):
+        fates = Replay(trace, FleetShape(workers=8, routers=routers), "pando").run().fates
+        means.append(mean(fate.ttft_s or 0.0 for fate in fates[80:]))
+    alone, together = means
+    assert together < 1.5 * alone
 
 
 def test_equal_replays_are_equal(conversations: Trace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from kvstore.scope import ScopeRoot
 from router.lines import owner_of
 from router.link_messages import AdmissionReport
 from router.member import Reservation
-from router.peers import SentLoad, marks
+from router.peers import FRESH_S, SentLoad, marks
 from router.placement import Candidate, Prompt, place
 from router.standing import Ask
 from tests.unit.router.conftest import Stage
@@ -76,7 +77,8 @@ def act(stage: Stage, held: list[Reservation], what: str, which: int, number: in
             stage.link(worker).break_off() if number % 2 else stage.link(worker).come_up()
         case "hear":
             line = tuple((owner_of(root), weight, 90 * number) for root, weight in OWNERS[: number % 3])
-            load = SentLoad(1, 700 * number, number, marks(keys, 0), number / 10, number / 20, number // 2, line)
+            rates = (number / 10, number / 20, number // 2)
+            load = SentLoad(1, 700 * number, number, marks(keys, 0), *rates, 150 * number, line)
             stage.fleet.peers.take([{worker: load}] if number else [])
         case "new":
             life = {"epoch": stage.fleet.epoch_of(worker) + 1, "payload_format": "x" if number % 3 else "y"}
@@ -108,7 +110,8 @@ def test_a_decision_is_the_one_over_all_candidates(
         factor = stage.fleet._board.lengths.factor(ask.prompt.num_tokens)
         candidates = stage.fleet.candidates(ask)
         rates = stage.fleet._board.pull_rates(stage.now)
-        exhaustive = place(ask.prompt, candidates, pull=rates, length_factor=factor)
+        others = stage.fleet.peers.unheard.others
+        exhaustive = place(ask.prompt, candidates, pull=rates, length_factor=factor, others=others)
         decided = stage.fleet.explain(ask)
         assert decided == exhaustive
         assert decided.terms == exhaustive.terms
@@ -167,3 +170,38 @@ async def test_what_others_sent_counts_as_queue_and_as_head_until_they_say_other
     made.fleet.peers.take([])
     assert made.fleet._board.peers.at(held.worker, 1).in_flight == 0
     await made.fleet.stop()
+
+
+@pytest.mark.asyncio
+async def test_what_was_sent_just_now_is_told_as_fresh_until_all_must_know_of_it() -> None:
+    made = Stage()
+    await made.fleet.start()
+    made.add("a")
+    made.reserve(num_tokens=100)
+    made.now += 1.0
+    held = made.reserve(num_tokens=40)
+    assert (made.fleet.sent()["a"].fresh_tokens, made.fleet.sent()["a"].queued_tokens) == (40, 140 - 100)
+    made.now += 2 * FRESH_S
+    assert made.fleet.sent()["a"].fresh_tokens == 0
+    held.release()
+    await made.fleet.stop()
+
+
+@pytest.mark.asyncio
+async def test_a_burst_that_reaches_many_routers_at_once_is_spread_by_each_without_a_word() -> None:
+    """Each has heard of bursts, not of this one, and sees the same worker as the best for all of its prompts."""
+    chosen: Counter[str] = Counter()
+    names = [f"router-{number}" for number in range(6)]
+    for number, name in enumerate(names):
+        made = Stage()
+        await made.fleet.start()
+        made.add(*NAMES)
+        for worker, queued in zip(NAMES, (9000, 3000, 2000, 1000, 0), strict=True):
+            made.link(worker).say_load(queued_tokens=queued, waiting=1, prefill_tokens_per_s=20_000.0)
+        made.reserve(num_tokens=16).release()
+        made.fleet.peers.unheard.stand(names, name)
+        for _ in range(2):
+            made.fleet.peers.take([{"a": SentLoad(1, 0, 0, fresh_tokens=6000)}])
+        chosen[made.reserve([BlockKey(str(number).encode().ljust(16))], num_tokens=1000).worker] += 1
+        await made.fleet.stop()
+    assert chosen == {"c": 1, "d": 2, "e": 3}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvstore.block import WorkerId
 from router.placement import TIE_FRACTION, TIE_S, Candidate, Prompt, place
+from router.unheard import Others
 
 RATE = 20_000.0
 
@@ -173,3 +174,37 @@ def test_a_head_that_all_requests_share_does_not_draw_all_of_them_to_one_worker(
         work[chosen] += 1
     assert len(work) == num_workers
     assert max(work.values()) <= 1.3 * 2000 / num_workers
+
+
+# What other routers place at the same moment
+
+
+def test_cold_prompts_of_one_moment_do_not_follow_each_other() -> None:
+    """Sent by routers that see the same least cost and do not talk; each worker gets what brings all to one level."""
+    workers = [candidate(f"w{n}", queued_tokens=1000 * n, utilization=n / 100) for n in range(5)]
+    keys = [str(number).encode() for number in range(10)]
+    alone = Counter(place(prompt(tie_key=key), workers).worker for key in keys)
+    together = Counter(
+        place(prompt(tie_key=key), workers, others=Others(10_000, rank, 10)).worker for rank, key in enumerate(keys)
+    )
+    assert alone == {"w0": 10}
+    assert together == {"w0": 4, "w1": 3, "w2": 2, "w3": 1}
+
+
+def test_who_has_a_prompt_gets_it_though_much_is_placed_at_the_same_moment() -> None:
+    workers = [candidate(f"w{n}", cached_tokens=16 + 960 * (n == 2), confidence=0.9 + n / 50) for n in range(4)]
+    for number in range(50):
+        chosen = place(prompt(tie_key=str(number).encode()), workers, others=Others(20_000, 0, 2))
+        assert chosen.worker == "w2"
+    late = [replace(one, queued_tokens=40_000 * (one.worker == "w2")) for one in workers]
+    chosen = place(prompt(), late, others=Others(20_000, 0, 2))
+    assert chosen.worker != "w2" and chosen.terms[0].queue_s == pytest.approx(20_000 / 3 / RATE)
+
+
+def test_nothing_is_expected_where_nothing_can_go() -> None:
+    workers = [candidate("idle", excluded="draining"), candidate("a"), candidate("b", queued_tokens=500)]
+    placement = place(prompt(), workers, others=Others(300, 1, 2))
+    assert placement.worker == "a"
+    assert {terms.worker: terms.queue_s for terms in placement.terms} == pytest.approx(
+        {"a": 300 / RATE, "b": 500 / RATE}
+    )
