@@ -1,4 +1,5 @@
 """Perplexity of a long text under full attention, a window, and a window with sinks: `python -m bench.perplexity`.
+With `--kv-dtype` under full attention over KV kept in each of these types, and what it takes.
 
 Knows how to feed the real model runner by hand, in chunks and with as few KV blocks as each kind of attention may hold.
 Every token is predicted exactly once, from all that its attention lets it see; nothing is sampled.
@@ -68,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = resolve_model(arguments.model)
         text = held_out(folder, arguments.tokens)
         trained = read_config(folder).max_positions
+        if arguments.kv_dtype:
+            print(_kv_types(arguments, text))
+            return 0
         kinds = (
             Attention("full"),
             Attention(f"window {arguments.window + arguments.sinks}", arguments.window + arguments.sinks),
@@ -86,6 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _kv_types(arguments: argparse.Namespace, text: array[int]) -> str:
+    from bench import kv_formats
+
+    config = read_config(resolve_model(arguments.model))
+    rows = []
+    for name in arguments.kv_dtype.split(","):
+        measured = measure(arguments.model, Attention("full"), text, threads=arguments.threads, kv_dtype=name)
+        rows.append(kv_formats.kept(name, measured, config))
+    return json.dumps(kv_formats.summary(rows)) if arguments.json else kv_formats.table(rows)
+
+
 def held_out(folder: Path, count: int) -> array[int]:
     """The first `count` tokens of the documents that the built-in model was not trained on: they are the same ones only
     with the Python it was trained with. Whole documents follow each other, most of them shorter than a window."""
@@ -97,13 +112,16 @@ def held_out(folder: Path, count: int) -> array[int]:
     return array("I", stream[:count].tolist())
 
 
-def measure(model: str, attention: Attention, text: array[int], *, threads: int = 1) -> Measured:
+def measure(
+    model: str, attention: Attention, text: array[int], *, threads: int = 1, kv_dtype: str = "auto"
+) -> Measured:
     """Run the text through a runner whose pool holds what this attention keeps and one chunk, and no block more."""
     kept = len(text) if not attention.window else attention.window + attention.sinks + CHUNK + 2 * BLOCK_SIZE
     settings = WorkerSettings(
         model=model,
         device="cpu",
         dtype="float32",
+        kv_dtype=kv_dtype,
         threads=threads,
         block_size=BLOCK_SIZE,
         device_blocks=-(-kept // BLOCK_SIZE),
@@ -216,6 +234,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384, help="length of the text")
     parser.add_argument("--window", type=int, default=1024, help="last positions that are seen")
     parser.add_argument("--sinks", type=int, default=16, help="first positions that are seen beside the window")
+    parser.add_argument("--kv-dtype", default="", help="types to keep KV in, with commas; bfloat16 is the base")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--json", action="store_true", help="print figures for a machine instead of a table")
     parser.add_argument("--plot", default="", metavar="FILE.svg", help="write a plot")

@@ -15,7 +15,8 @@ Dimensions, named once:
     slot           block_id * block_size + offset: one token position in the pool
 
 The cache is one allocation, `kv_cache[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]` (2: key, value);
-`layer_kv = kv_cache[:, layer]` is a view of one layer, `[num_blocks, 2, num_kv_heads, block_size, head_dim]`.
+`layer_kv = kv_cache[:, layer]` is a view of one layer, `[num_blocks, 2, num_kv_heads, block_size, head_dim]`. In place
+of both may stand a `StoredKV`, which holds the same in another format than it is computed in: see `kernels.quantize`.
 """
 
 from __future__ import annotations
@@ -29,13 +30,18 @@ import torch
 from kernels import plan as host_plan
 from kernels import reference
 from kernels.device_plan import DevicePlan
+from kernels.quantize import FORMATS, KV, KVFormat, StoredKV, stored
 from kernels.sampling import counter_uniform, sample
 from kernels.step import Ints
 
 AttentionPlan = host_plan.AttentionPlan | DevicePlan
 
 __all__ = [
+    "FORMATS",
+    "KV",
     "AttentionPlan",
+    "KVFormat",
+    "StoredKV",
     "add_rms_norm",
     "attention",
     "copy_blocks",
@@ -49,6 +55,7 @@ __all__ = [
     "sample",
     "silu_mul",
     "sink_attention",
+    "stored",
     "write_kv",
 ]
 
@@ -62,13 +69,13 @@ def _device_operations() -> ModuleType:
     return device
 
 
-def _operations(tensor: torch.Tensor) -> ModuleType:
+def _operations(tensor: KV) -> ModuleType:
     """What computes where the tensor is: Triton on CUDA, plain torch elsewhere."""
     return _device_operations() if tensor.is_cuda else reference
 
 
 def plan_attention(
-    kv_cache: torch.Tensor,
+    kv_cache: KV,
     query_lens: Sequence[int] | Ints,
     context_lens: Sequence[int] | Ints,
     block_tables: Ints,
@@ -93,7 +100,7 @@ def plan_attention(
 
 
 def attention(
-    query: torch.Tensor, layer_kv: torch.Tensor, plan: AttentionPlan, *, scale: float, window: int | None = None
+    query: torch.Tensor, layer_kv: KV, plan: AttentionPlan, *, scale: float, window: int | None = None
 ) -> torch.Tensor:
     """Causal attention of `query[num_tokens, num_heads, head_dim]` over the paged contexts of `plan`.
 
@@ -107,7 +114,7 @@ def attention(
 def sink_attention(
     query: torch.Tensor,
     sink_query: torch.Tensor,
-    layer_kv: torch.Tensor,
+    layer_kv: KV,
     plan: AttentionPlan,
     *,
     scale: float,
@@ -131,14 +138,14 @@ def merge_states(parts: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     return merged
 
 
-def write_kv(key_value: torch.Tensor, layer_kv: torch.Tensor, plan: AttentionPlan) -> None:
+def write_kv(key_value: torch.Tensor, layer_kv: KV, plan: AttentionPlan) -> None:
     """Write the step's keys and values, `key_value[num_tokens, 2 * num_kv_heads, head_dim]` (keys, then values),
     into the slots of `plan`. Keys are rotated already."""
     _operations(key_value).write_kv(key_value, layer_kv, plan)
 
 
 def rotary_write_kv(
-    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer_kv: torch.Tensor, plan: AttentionPlan
+    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer_kv: KV, plan: AttentionPlan
 ) -> None:
     """`rotary_` of the queries in `heads[num_tokens, num_heads + 2 * num_kv_heads, head_dim]` (queries, keys, values),
     in place, and `write_kv` of the keys, rotated too, and the values. The keys' own place is undefined after."""
@@ -146,7 +153,8 @@ def rotary_write_kv(
 
 
 def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
-    """Copy blocks `sources[n]` to `targets[n]` (int64), all layers; all sources are read before a target is written."""
+    """Copy blocks `sources[n]` to `targets[n]` (int64), all layers; all sources are read before a target is written.
+    Of a `StoredKV` it takes the `rows`."""
     _operations(kv_cache).copy_blocks(kv_cache, sources, targets)
 
 

@@ -55,8 +55,9 @@ class Tuning:
     share: bool | None = None  # whether shared prefixes are read once; None: where it pays
 
 
-def tuning(head_dim: int, itemsize: int, processor: Processor | None = None) -> Tuning:
-    """The configuration for heads of `head_dim` elements of `itemsize` bytes."""
+def tuning(head_dim: int, itemsize: int, processor: Processor | None = None, *, scaled: bool = False) -> Tuning:
+    """The configuration for heads of `head_dim` elements of `itemsize` bytes, as computed; `scaled` where KV is kept in
+    fewer bits, for which nothing has been measured: what fits the registers."""
     processor = processor or Processor()
     if itemsize == 4:  # no matrix unit computes it exactly
         small = max(16, 32 * 128 // max(head_dim, 128))
@@ -65,4 +66,7 @@ def tuning(head_dim: int, itemsize: int, processor: Processor | None = None) -> 
     if head_dim > 128:
         wide = WideConfig(64, 64, 4, 2)
         return Tuning(DecodeConfig(tile=32), wide, wide, processor)
+    if scaled:
+        wide = WideConfig(tile=32)
+        return Tuning(DecodeConfig(), wide, wide, processor)
     return Tuning(processor=processor)

@@ -15,6 +15,7 @@ from kernels.device_plan import DevicePlan, plan_attention
 from kernels.jit.decode import decode_kernel, merge_kernel
 from kernels.jit.rows import head_norm_kernel, norm_kernel, silu_mul_kernel, write_kernel
 from kernels.jit.wide import wide_kernel
+from kernels.quantize import KV, StoredKV
 from kernels.reference import copy_blocks, merge_states, rotary_
 
 __all__ = [
@@ -38,7 +39,7 @@ GATES_A_PROGRAM = 1024
 
 
 def attention(
-    query: torch.Tensor, layer_kv: torch.Tensor, plan: DevicePlan, *, scale: float, window: int | None = None
+    query: torch.Tensor, layer_kv: KV, plan: DevicePlan, *, scale: float, window: int | None = None
 ) -> torch.Tensor:
     """As `kernels.attention`."""
     return _attend(query, None, layer_kv, plan, (scale, window))
@@ -47,7 +48,7 @@ def attention(
 def sink_attention(
     query: torch.Tensor,
     sink_query: torch.Tensor,
-    layer_kv: torch.Tensor,
+    layer_kv: KV,
     plan: DevicePlan,
     *,
     scale: float,
@@ -61,7 +62,7 @@ def sink_attention(
 def _attend(
     query: torch.Tensor,
     sink_query: torch.Tensor | None,
-    layer_kv: torch.Tensor,
+    layer_kv: KV,
     plan: DevicePlan,
     scale_window: tuple[float, int | None],
 ) -> torch.Tensor:
@@ -72,23 +73,24 @@ def _attend(
     group = num_heads // num_kv_heads
     scorer = query if sink_query is None else sink_query
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    numbers = (scale * LOG2_E, query.stride(0), scorer.stride(0), layer_kv.stride(0), plan.tables.stride(0))
+    kv, kv_scales, kind = _addressed(layer_kv)
+    numbers = (scale * LOG2_E, query.stride(0), scorer.stride(0), kv.stride(0), plan.tables.stride(0))
     shape = {"NUM_KV_HEADS": num_kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "DIM": _padded(head_dim)}
-    loop = {"BLOCK_SIZE": block_size, "HAS_SINKS": sink_query is not None}
+    loop = {"BLOCK_SIZE": block_size, "HAS_SINKS": sink_query is not None, **kind}
     merging = {"STEP": _merge_step(group, head_dim), "ROWS": triton.next_power_of_2(group)}
     if len(work.wide):
         wide = plan.tuning.many if work.rows > plan.tuning.wide.rows else plan.tuning.wide
         # Beside decoding, on a stream of its own: the one is bound by products, the other by memory.
         with _beside(plan.side if len(work.decode) else None):
             wide_kernel[num_kv_heads, len(work.wide)](
-                out, query, scorer, layer_kv, plan.tables, work.wide, work.tokens, plan.positions,
+                out, query, scorer, kv, kv_scales, plan.tables, work.wide, work.tokens, plan.positions,
                 plan.parts, plan.states, *numbers, **shape, **loop, ROWS=work.rows, TILE=wide.tile,
                 num_warps=wide.num_warps, num_stages=wide.num_stages,
             )  # fmt: skip
     if len(work.decode):
         decode = plan.tuning.decode
         decode_kernel[num_kv_heads, len(work.decode)](
-            out, query, scorer, layer_kv, plan.tables, work.decode, work.part_slots,
+            out, query, scorer, kv, kv_scales, plan.tables, work.decode, work.part_slots,
             plan.parts, plan.states, plan.counters, *numbers, **shape, **loop,
             ROWS=_padded(group), MERGE_ROWS=merging["ROWS"], MERGE_STEP=merging["STEP"], TILE=decode.tile,
             num_warps=decode.num_warps, num_stages=decode.num_stages,
@@ -123,14 +125,12 @@ def _padded(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-def write_kv(key_value: torch.Tensor, layer_kv: torch.Tensor, plan: DevicePlan) -> None:
+def write_kv(key_value: torch.Tensor, layer_kv: KV, plan: DevicePlan) -> None:
     """As `kernels.write_kv`."""
     _write(key_value, None, layer_kv, plan)
 
 
-def rotary_write_kv(
-    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer_kv: torch.Tensor, plan: DevicePlan
-) -> None:
+def rotary_write_kv(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer_kv: KV, plan: DevicePlan) -> None:
     """As `kernels.rotary_write_kv`."""
     _write(heads, (cos, sin), layer_kv, plan)
 
@@ -138,19 +138,32 @@ def rotary_write_kv(
 def _write(
     heads: torch.Tensor,
     angles: tuple[torch.Tensor, torch.Tensor] | None,
-    layer_kv: torch.Tensor,
+    layer_kv: KV,
     plan: DevicePlan,
 ) -> None:
     num_tokens, num_heads, head_dim = heads.shape
     num_kv_heads, block_size = layer_kv.shape[2:4]
     cos, sin = angles or (heads, heads)
+    kv, kv_scales, kind = _addressed(layer_kv)
+    kind["LARGEST"] = layer_kv.format.largest if isinstance(layer_kv, StoredKV) else 0.0
+    if kind["KIND"] == "fp8":
+        kv = kv.view(torch.uint8)  # the kernel rounds, and writes bits
     write_kernel[num_tokens, triton.cdiv(num_heads, HEADS_A_PROGRAM)](
-        heads, cos, sin, layer_kv, plan.slots,
-        heads.stride(0), cos.stride(0), sin.stride(0), layer_kv.stride(0),
+        heads, cos, sin, kv, kv_scales, plan.slots,
+        heads.stride(0), cos.stride(0), sin.stride(0), kv.stride(0),
         NUM_QUERY=num_heads - 2 * num_kv_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         HALF=triton.next_power_of_2(head_dim // 2), BLOCK_SIZE=block_size,
-        HEADS=HEADS_A_PROGRAM, ROTATE=angles is not None, num_warps=2,
+        HEADS=HEADS_A_PROGRAM, ROTATE=angles is not None, **kind, num_warps=2,
     )  # fmt: skip
+
+
+def _addressed(layer_kv: KV) -> tuple[torch.Tensor, torch.Tensor, dict[str, object]]:
+    """The vectors and the scales of a layer as the kernels take them, and how they are laid out."""
+    if isinstance(layer_kv, torch.Tensor):
+        return layer_kv, layer_kv, {"HEAD_ROW": layer_kv.stride(2), "KIND": "same"}
+    values, scaled = layer_kv.values, layer_kv.format.largest > 0
+    kind = {"HEAD_ROW": values.stride(2), "KIND": layer_kv.format.name if scaled else "same"}
+    return values, layer_kv.scales if scaled else values, kind
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

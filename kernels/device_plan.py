@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from kernels.configs import Processor, Tuning, tuning
+from kernels.quantize import KV, StoredKV
 from kernels.step import Ints, Step, checked_step
 from kernels.work_list import WorkList, work_list
 
@@ -49,7 +50,7 @@ class DevicePlan:
 
 
 def plan_attention(
-    kv_cache: torch.Tensor,
+    kv_cache: KV,
     query_lens: Sequence[int] | Ints,
     context_lens: Sequence[int] | Ints,
     block_tables: Ints,
@@ -61,7 +62,7 @@ def plan_attention(
 ) -> DevicePlan:
     """As `kernels.plan_attention`; `tuned` stands in for the table of configurations."""
     step = checked_step(kv_cache, query_lens, context_lens, block_tables)
-    tuned = tuned or _tuning(step)
+    tuned = tuned or _tuning(step, scaled=isinstance(kv_cache, StoredKV) and kv_cache.format.largest > 0)
     sinks = sinks or {}
     slots = step.slots()
     lists = {
@@ -90,8 +91,8 @@ def plan_attention(
     )
 
 
-def _tuning(step: Step) -> Tuning:
-    return tuning(step.head_dim, step.dtype.itemsize, _processor(step.device))
+def _tuning(step: Step, *, scaled: bool) -> Tuning:
+    return tuning(step.head_dim, step.dtype.itemsize, _processor(step.device), scaled=scaled)
 
 
 @cache

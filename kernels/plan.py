@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels.quantize import KV
 from kernels.step import Ints, Range, Step, checked_step
 
 # Bounds of one gather, in elements. Gathered KV should stay in the processor's cache until it is used; below the
@@ -98,7 +99,7 @@ class AttentionPlan:
 
 
 def plan_attention(
-    kv_cache: torch.Tensor,
+    kv_cache: KV,
     query_lens: Sequence[int] | Ints,
     context_lens: Sequence[int] | Ints,
     block_tables: Ints,

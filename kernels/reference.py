@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.plan import AttentionPlan, Gather, WindowWork, plan_attention
+from kernels.quantize import KV, StoredKV
 
 __all__ = [
     "add_rms_norm",
@@ -32,7 +33,7 @@ MOST_SCORES = 1 << 24
 
 def attention(
     query: torch.Tensor,
-    layer_kv: torch.Tensor,
+    layer_kv: KV,
     plan: AttentionPlan,
     *,
     scale: float,
@@ -47,7 +48,7 @@ def attention(
 def sink_attention(
     query: torch.Tensor,
     sink_query: torch.Tensor,
-    layer_kv: torch.Tensor,
+    layer_kv: KV,
     plan: AttentionPlan,
     *,
     scale: float,
@@ -76,7 +77,7 @@ def merge_states(parts: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 
 def _attend(
     query: torch.Tensor,
-    layer_kv: torch.Tensor,
+    layer_kv: KV,
     plan: AttentionPlan,
     work: WindowWork,
     *,
@@ -106,7 +107,7 @@ def _attend(
 
 def _attend_in_part(
     query: torch.Tensor,
-    layer_kv: torch.Tensor,
+    layer_kv: KV,
     plan: AttentionPlan,
     work: WindowWork,
     *,
@@ -157,15 +158,18 @@ def _softmax_part(
     return torch.cat([result for result, _ in parts]), torch.cat([state for _, state in parts])
 
 
-def write_kv(key_value: torch.Tensor, layer_kv: torch.Tensor, plan: AttentionPlan) -> None:
+def write_kv(key_value: torch.Tensor, layer_kv: KV, plan: AttentionPlan) -> None:
     """As `kernels.write_kv`."""
     head_dim = key_value.shape[2]
+    if isinstance(layer_kv, StoredKV):
+        layer_kv.write(key_value.reshape(-1, head_dim), plan.slot_rows)
+        return
     rows = _rows(layer_kv, head_dim)
     rows.index_copy_(0, plan.slot_rows, key_value.reshape(-1, head_dim))
 
 
 def rotary_write_kv(
-    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer_kv: torch.Tensor, plan: AttentionPlan
+    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer_kv: KV, plan: AttentionPlan
 ) -> None:
     """As `kernels.rotary_write_kv`."""
     num_kv_heads = layer_kv.shape[2]
@@ -209,12 +213,15 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate).mul_(up)
 
 
-def _gathered(layer_kv: torch.Tensor, gather: Gather, workspace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _gathered(layer_kv: KV, gather: Gather, workspace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values, each [num_rows, num_kv_heads, length, head_dim], zero where dead; valid until the next call."""
     _, _, num_kv_heads, block_size, head_dim = layer_kv.shape
     width = block_size * head_dim
     rows = workspace[: gather.head_rows.numel() * width].view(-1, width)
-    torch.index_select(_rows(layer_kv, width), 0, gather.head_rows, out=rows)
+    if isinstance(layer_kv, StoredKV):
+        layer_kv.gather(gather.head_rows, rows)
+    else:
+        torch.index_select(_rows(layer_kv, width), 0, gather.head_rows, out=rows)
     # A weight of zero does not silence a NaN, so positions outside the context are cleared, not only masked.
     rows.view(-1, head_dim).index_fill_(0, gather.dead, 0)
     dense = rows.view(2, gather.num_rows, num_kv_heads, gather.length, head_dim)

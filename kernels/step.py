@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels.quantize import KV
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -86,7 +88,7 @@ class Range:
 
 
 def checked_step(
-    kv_cache: torch.Tensor,
+    kv_cache: KV,
     query_lens: Sequence[int] | Ints,
     context_lens: Sequence[int] | Ints,
     block_tables: Ints,

@@ -71,6 +71,11 @@ class WorkerSettings(FleetSettings):
     runner: str = option("model", "'model' computes; 'simulated' is a cost model", choices=("model", "simulated"))
     device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
     dtype: str = option("auto", "weights and activations", choices=("auto", "float32", "bfloat16", "float16"))
+    kv_dtype: str = option(
+        "auto",
+        "KV: as the activations, or kept in another type; int8, fp8 and int4 have a scale for each token and head",
+        choices=("auto", "bfloat16", "float16", "float32", "int8", "fp8", "int4"),
+    )
     device_blocks: int = option(0, "KV blocks on the device; 0 sizes the pool from free memory")
     memory_fraction: float = option(0.9, "share of free device memory for KV when device_blocks is 0")
     cpu_blocks: int = option(0, "KV blocks in CPU memory behind the device pool")

@@ -1,4 +1,5 @@
-"""Compile kernels for sm_90 and print what became of them, as JSON: `python -m tests.kernel_builds`. Needs no GPU.
+"""Compile kernels for sm_90 and print what became of them, as JSON: `python -m tests.kernel_builds KIND`, of one kind
+of KV. Needs no GPU.
 
 A process of its own, because in the tests' process Triton is interpreted. Compiler and disassembler are those that
 Triton's own wheel carries.
@@ -27,16 +28,34 @@ from kernels.jit.wide import wide_kernel
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9_.]+)", re.MULTILINE)
 FLOATS = {"parts", "states"}
+# Of a layer in each format what attention reads, and what is written.
+READ = {"same": "*bf16", "int8": "*i8", "fp8": "*fp8e4nv", "int4": "*u8"}
+WRITTEN = READ | {"fp8": "*u8"}
+LARGEST = {"same": 0.0, "int8": 127.0, "fp8": 448.0, "int4": 7.0}
+ROW_BYTES = {"same": 128, "int8": 130, "fp8": 130, "int4": 66}  # of a token, scale included; elements of "same"
 NUMBERS = {"tables", "items", "part_slots", "counters", "tokens", "positions", "slots"}
 
 
-def variants() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
+def variants(kind: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
     """Kernel, constants and options of each build: the shapes of an 8B model, block size 16."""
-    heads = {"NUM_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "DIM": 128, "BLOCK_SIZE": 16, "HAS_SINKS": False}
-    tuned = tuning(128, 2)
-    decode, wide, many = tuned.decode, tuned.wide, tuned.many
     row = {"NUM_QUERY": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "HALF": 64, "BLOCK_SIZE": 16, "HEADS": 8}
-    return {
+    row |= {"ROTATE": True, "LARGEST": LARGEST[kind], **layout(kind)}
+    made = attentions(kind) | {"write": (write_kernel, row, {"num_warps": 2})}
+    if kind == "same":
+        made["norm"] = (norm_kernel, {"SIZE": 4096, "WIDTH": 4096, "ADD": True}, {"num_warps": 8})
+    return made
+
+
+def layout(kind: str) -> dict[str, Any]:
+    return {"HEAD_ROW": 16 * ROW_BYTES[kind], "KIND": kind}
+
+
+def attentions(kind: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
+    heads = {"NUM_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "DIM": 128, "BLOCK_SIZE": 16, "HAS_SINKS": False}
+    heads |= layout(kind)
+    tuned = tuning(128, 2, scaled=kind != "same")
+    decode, wide, many = tuned.decode, tuned.wide, tuned.many
+    made: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {
         "decode": (
             decode_kernel,
             heads | {"ROWS": 16, "MERGE_ROWS": 4, "MERGE_STEP": 16, "TILE": decode.tile},
@@ -47,14 +66,14 @@ def variants() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
             heads | {"ROWS": wide.rows, "TILE": wide.tile},
             {"num_warps": wide.num_warps, "num_stages": wide.num_stages},
         ),
-        "wide, many": (
+    }
+    if many != wide:
+        made["wide, many"] = (
             wide_kernel,
             heads | {"ROWS": many.rows, "TILE": many.tile},
             {"num_warps": many.num_warps, "num_stages": many.num_stages},
-        ),
-        "write": (write_kernel, row | {"ROTATE": True}, {"num_warps": 2}),
-        "norm": (norm_kernel, {"SIZE": 4096, "WIDTH": 4096, "ADD": True}, {"num_warps": 8}),
-    }
+        )
+    return made
 
 
 def build(kernel: Any, constants: dict[str, Any], options: dict[str, int]) -> dict[str, Any]:
@@ -62,6 +81,8 @@ def build(kernel: Any, constants: dict[str, Any], options: dict[str, int]) -> di
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else _kind(name)
+        if name == "layer_kv":
+            signature[name] = (WRITTEN if kernel is write_kernel else READ)[constants["KIND"]]
         if name not in constants and signature[name] != "fp32" and name != "table_stride":
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -83,4 +104,4 @@ def _kind(name: str) -> str:
 
 
 if __name__ == "__main__":
-    json.dump({name: build(*variant) for name, variant in variants().items()}, sys.stdout)
+    json.dump({name: build(*variant) for name, variant in variants(sys.argv[1]).items()}, sys.stdout)

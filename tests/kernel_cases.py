@@ -5,7 +5,7 @@ Every position that a case must not read is NaN, in unused blocks and behind the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,10 +73,11 @@ CASES = (
 
 @dataclass
 class Problem:
-    """A case with data: all keys and values in float64, and a cache that holds those before the step."""
+    """A case with data: all keys and values in float64, as the cache keeps them, and a cache that holds those before
+    the step."""
 
     case: Case
-    kv_cache: torch.Tensor
+    kv_cache: kernels.KV
     layer: int
     block_tables: np.ndarray
     query: torch.Tensor  # [num_tokens, num_heads, head_dim]
@@ -99,7 +100,7 @@ class Problem:
 
     def run(self, operations: Any = kernels, **options: Any) -> torch.Tensor:
         """Write and attend with the kernels, in the cache's dtype on its device; `options` are for the plan."""
-        layer_kv = self.kv_cache[:, self.layer]
+        layer_kv = layer_of(self.kv_cache, self.layer)
         lens, contexts = self.case.query_lens, self.case.context_lens
         window, sinks = self.case.window, self.case.sinks
         plan = operations.plan_attention(
@@ -137,7 +138,19 @@ class Problem:
         return torch.stack(out)
 
 
-def make_problem(case: Case, dtype: torch.dtype, device: str) -> Problem:
+def layer_of(kv_cache: kernels.KV, layer: int) -> kernels.KV:
+    return kv_cache.layer(layer) if isinstance(kv_cache, kernels.StoredKV) else kv_cache[:, layer]
+
+
+def poison(kv_cache: kernels.KV, block: int | slice = slice(None)) -> None:
+    """NaN wherever there is room for one: in scales, and in what has none."""
+    if isinstance(kv_cache, kernels.StoredKV):
+        kv_cache.rows[block] = 0xFF
+    else:
+        kv_cache[block] = torch.nan
+
+
+def make_problem(case: Case, dtype: torch.dtype, device: str, kv_format: kernels.KVFormat | None = None) -> Problem:
     rng = np.random.default_rng(sum(case.name.encode()))
     num_heads, num_kv_heads, head_dim = case.heads
     num_layers, layer = 3, 1
@@ -145,7 +158,9 @@ def make_problem(case: Case, dtype: torch.dtype, device: str) -> Problem:
     num_blocks = sum(widths) + 5
     order = rng.permutation(num_blocks)
     block_tables = np.full((len(widths), max(widths)), -1, dtype=np.int64)
-    kv_cache = torch.full((num_blocks, num_layers, 2, num_kv_heads, case.block_size, head_dim), torch.nan, dtype=dtype)
+    shape = (num_blocks, num_layers, 2, num_kv_heads, case.block_size, head_dim)
+    kv_cache = torch.empty(shape, dtype=dtype) if kv_format is None else kernels.stored(shape, kv_format, dtype, "cpu")
+    poison(kv_cache)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.from_numpy(rng.standard_normal(shape)).to(dtype)
@@ -162,14 +177,40 @@ def make_problem(case: Case, dtype: torch.dtype, device: str) -> Problem:
         before = common[: shared * case.block_size]
         context = torch.cat((before, normal(length - len(before), 2, num_kv_heads, head_dim)))
         for position in range(length - count):
-            block = block_tables[row, position // case.block_size]
-            kv_cache[block, layer, :, :, position % case.block_size] = context[position]
-        contexts.append(context.double())
+            place = (block_tables[row, position // case.block_size], position % case.block_size)
+            put(layer_of(kv_cache, layer), *place, context[position])
+        contexts.append((context if kv_format is None else kept(context, kv_format)).double())
         steps.append(context[length - count :].flatten(1, 2))
     query = normal(sum(case.query_lens), num_heads, head_dim).to(device)
     sink_query = normal(*query.shape).to(device)
     step = torch.cat(steps).to(device)
-    return Problem(case, kv_cache.to(device), layer, block_tables, query, sink_query, step, contexts)
+    there = moved(kv_cache, device)
+    return Problem(case, there, layer, block_tables, query, sink_query, step, contexts)
+
+
+def put(layer_kv: kernels.KV, block: int, offset: int, vectors: torch.Tensor) -> None:
+    """Place `vectors[2, num_kv_heads, head_dim]` of one position."""
+    if not isinstance(layer_kv, kernels.StoredKV):
+        layer_kv[block, :, :, offset] = vectors
+        return
+    values, scales = layer_kv.format.encode(vectors.flatten(0, 1))
+    layer_kv.values[block, :, :, offset].view(torch.uint8).copy_(values.view(*vectors.shape[:2], -1))
+    if layer_kv.format.largest:
+        layer_kv.scales[block, :, :, offset] = scales.view(torch.bfloat16).view(vectors.shape[:2])
+
+
+def kept(vectors: torch.Tensor, kv_format: kernels.KVFormat) -> torch.Tensor:
+    """What comes back of `vectors[..., head_dim]`, in float32."""
+    values, scales = kv_format.encode(vectors.reshape(-1, vectors.shape[-1]))
+    out = torch.empty((len(values), 1, vectors.shape[-1]))
+    kv_format.decode(values[:, None], scales[:, None], out)
+    return out.view(vectors.shape)
+
+
+def moved(kv_cache: kernels.KV, device: str) -> kernels.KV:
+    if isinstance(kv_cache, kernels.StoredKV):
+        return replace(kv_cache, rows=kv_cache.rows.to(device))
+    return kv_cache.to(device)
 
 
 def leave_window(problem: Problem) -> int:
@@ -180,7 +221,7 @@ def leave_window(problem: Problem) -> int:
     for table, count, length in zip(problem.block_tables, case.query_lens, case.context_lens, strict=True):
         first = max(0, length - count - case.window + 1) // case.block_size
         for index in range(-(-case.sinks // case.block_size), first):
-            problem.kv_cache[table[index]] = torch.nan
+            poison(problem.kv_cache, int(table[index]))
             table[index] = -1
             taken += 1
     return taken

@@ -24,9 +24,16 @@ def check_settings(settings: WorkerSettings) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must be 0 or more")
     if settings.sinks and not settings.window:
         raise ConfigError("sinks are kept beside a window: --sinks needs --window")
+    check_kv(settings)
     room = settings.device_blocks * settings.block_size
     if 0 < room < settings.max_model_len and not settings.window:
         raise ConfigError(f"--max-model-len {settings.max_model_len} is over the {room} positions of --device-blocks")
+
+
+def check_kv(settings: WorkerSettings) -> None:
+    """Raises `ConfigError` when KV would be converted twice."""
+    if settings.cpu_kv_dtype != "same" and settings.kv_dtype != "auto":
+        raise ConfigError("--cpu-kv-dtype is for KV that the device keeps as it is: not beside --kv-dtype")
 
 
 def check_model(settings: WorkerSettings, folder: Path) -> None:

@@ -59,16 +59,19 @@ class CpuTier:
     """`num_blocks` blocks of CPU memory behind `device_blocks`, whose first dimension is the block.
 
     Everything but the copies themselves is for the runner's thread. `cpu_dtype` `int8` keeps blocks in about half (of
-    16 bit) or a quarter (of 32 bit) of the memory, with the error that `error` reports.
+    16 bit) or a quarter (of 32 bit) of the memory, with the error that `error` reports. `payload` says what a block's
+    bytes are where dtype and shape do not.
     """
 
-    def __init__(self, device_blocks: torch.Tensor, num_blocks: int, *, cpu_dtype: str = "same") -> None:
+    def __init__(
+        self, device_blocks: torch.Tensor, num_blocks: int, *, cpu_dtype: str = "same", payload: str = ""
+    ) -> None:
         self.num_blocks = num_blocks
         self.error = FormatError()
         self._device_blocks = device_blocks
         self._device = device_blocks.device
         self._lossy = cpu_dtype == "int8"
-        self.payload_format = f"{cpu_dtype} {device_blocks.dtype} {list(device_blocks.shape[1:])}"
+        self.payload_format = f"{cpu_dtype} {payload or f'{device_blocks.dtype} {list(device_blocks.shape[1:])}'}"
         self._format = block_format(cpu_dtype, device_blocks[0])
         cuda = self._device.type == "cuda"
         self._store = CpuBlocks(num_blocks, self._format.row_bytes, pinned=cuda)

@@ -1,7 +1,7 @@
 """The tensor that holds the device tier's KV, and how many blocks of it there is room for.
 
 Knows bytes; which block holds what is kvstore's. Invariant: one allocation, block-major, all layers of a block
-together, as `kernels` lays it out.
+together, scales among them, as `kernels` lays it out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import kernels
 from pando.errors import ConfigError
 from worker.models.config import ModelConfig
 
@@ -22,10 +23,14 @@ HOST_SHARE = 0.25
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """`blocks[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]` and one view of it for each layer."""
+    """`blocks`: `[num_blocks, ...]`, all that a block holds under one number, for whoever moves blocks. `whole`: the
+    same as the kernels take it, `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`, and `layers` the
+    views of it for each layer. `payload`: what there is to know of a block's bytes to read them elsewhere."""
 
     blocks: torch.Tensor
-    layers: tuple[torch.Tensor, ...]
+    whole: kernels.KV
+    layers: tuple[kernels.KV, ...]
+    payload: str
 
     @property
     def num_blocks(self) -> int:
@@ -33,20 +38,50 @@ class KVCache:
 
 
 def allocate(
-    config: ModelConfig, num_blocks: int, block_size: int, *, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    num_blocks: int,
+    block_size: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_dtype: str = "auto",
 ) -> KVCache:
-    """A cache with undefined content: no operation reads what was not written. Host pages are taken when first used."""
+    """A cache with undefined content: no operation reads what was not written. Host pages are taken when first used.
+
+    Attention is computed in `dtype`; `kv_dtype` says what KV is kept in, `auto` the same.
+    """
     shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
+    stored_as = kv_format(kv_dtype, dtype)
     try:
-        blocks = torch.empty(shape, dtype=dtype, device=device)
+        if stored_as is None:
+            blocks = torch.empty(shape, dtype=dtype, device=device)
+            layers = tuple(blocks[:, layer] for layer in range(config.num_layers))
+            return KVCache(blocks, blocks, layers, f"{dtype} {list(shape[1:])}")
+        whole = kernels.stored(shape, stored_as, dtype, device)
+    except ValueError as error:
+        raise ConfigError(f"--kv-dtype {kv_dtype}: {error}") from error
     except (RuntimeError, torch.OutOfMemoryError) as error:
         raise ConfigError(f"no memory for {num_blocks} KV blocks on {device.type}") from error
-    return KVCache(blocks, tuple(blocks[:, layer] for layer in range(config.num_layers)))
+    views = tuple(whole.layer(layer) for layer in range(config.num_layers))
+    return KVCache(whole.rows, whole, views, f"{stored_as.name} of {dtype} {list(shape[1:])}")
 
 
-def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Size of one block, all layers."""
-    return config.num_layers * 2 * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize
+def kv_format(name: str, dtype: torch.dtype) -> kernels.KVFormat | None:
+    """What `--kv-dtype` names; None where KV is kept as it is computed, in `dtype`."""
+    if name in ("auto", str(dtype).removeprefix("torch.")):
+        return None
+    if name not in kernels.FORMATS:
+        raise ConfigError(f"--kv-dtype must be auto or one of {', '.join(kernels.FORMATS)}, not {name!r}")
+    return kernels.FORMATS[name]
+
+
+def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype, kv_dtype: str = "auto") -> int:
+    """Size of one block, all layers, scales included."""
+    stored_as = kv_format(kv_dtype, dtype)
+    size = block_size * config.head_dim * dtype.itemsize
+    if stored_as is not None:
+        size = stored_as.row_bytes(block_size, config.head_dim)
+    return config.num_layers * 2 * config.num_kv_heads * size
 
 
 def blocks_that_fit(block_bytes: int, device: torch.device, *, memory_fraction: float, activation_bytes: int) -> int:

@@ -23,7 +23,7 @@ from pando.model_folder import resolve_model
 from pando.settings import WorkerSettings
 from worker import kv_cache, sampler
 from worker.batch import Batch, BlockCopy, SamplingParams, ScheduledSequence
-from worker.checks import check_length
+from worker.checks import check_kv, check_length
 from worker.cpu_tier import CpuTier
 from worker.models.config import ModelConfig, read_config, with_window
 from worker.models.decoder import Decoder, load_decoder
@@ -48,6 +48,9 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
     """Load the model that `settings` name. Raises `ConfigError` with one line if that cannot work."""
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, device)
+    check_kv(settings)
+    if device.type == "cuda" and settings.kv_dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError("--kv-dtype fp8 needs a device of compute capability 8.9 or later")
     folder = resolve_model(settings.model)
     config = _config(settings, folder)
     if device.type == "cpu":
@@ -57,7 +60,7 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
     cache = _allocate(settings, config, dtype, device)
     spec = ModelSpec(
         name=Path(settings.model).name if Path(settings.model).is_dir() else settings.model,
-        fingerprint=fingerprint(folder, config, str(dtype).removeprefix("torch.")),
+        fingerprint=fingerprint(folder, config, _kv_name(settings, dtype)),
         vocab_size=config.vocab_size,
         max_model_len=_max_model_len(settings, config, cache.num_blocks),
         eos_token_ids=config.eos_token_ids,
@@ -68,8 +71,8 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
     )
     mover = None
     if settings.cpu_blocks:
-        mover = CpuTier(cache.blocks, settings.cpu_blocks, cpu_dtype=settings.cpu_kv_dtype)
-    log.info("loaded %s on %s as %s with %d KV blocks", config.architecture, device, dtype, cache.num_blocks)
+        mover = CpuTier(cache.blocks, settings.cpu_blocks, cpu_dtype=settings.cpu_kv_dtype, payload=cache.payload)
+    log.info("loaded %s on %s with %d KV blocks of %s", config.architecture, device, cache.num_blocks, cache.payload)
     runner = ModelRunner(decoder, cache, spec, mover)
     if device.type == "cuda":
         _warm_up(runner)
@@ -147,7 +150,7 @@ class ModelRunner:
         for copies in _independent(batch.copies):
             self._copy(cache, copies)
         plan = kernels.plan_attention(
-            cache.blocks,
+            cache.whole,
             inputs.query_lens,
             inputs.context_lens,
             inputs.block_tables,
@@ -286,14 +289,22 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _allocate(
     settings: WorkerSettings, config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> kv_cache.KVCache:
-    block_bytes = kv_cache.bytes_per_block(config, settings.block_size, dtype)
+    block_bytes = kv_cache.bytes_per_block(config, settings.block_size, dtype, settings.kv_dtype)
     num_blocks = settings.device_blocks or kv_cache.blocks_that_fit(
         block_bytes,
         device,
         memory_fraction=settings.memory_fraction,
         activation_bytes=_activation_bytes(settings, config, dtype),
     )
-    return kv_cache.allocate(config, num_blocks, settings.block_size, dtype=dtype, device=device)
+    return kv_cache.allocate(
+        config, num_blocks, settings.block_size, dtype=dtype, device=device, kv_dtype=settings.kv_dtype
+    )
+
+
+def _kv_name(settings: WorkerSettings, dtype: torch.dtype) -> str:
+    """What tells KV from other KV of the same model: in fewer bits it depends on what it was computed in, too."""
+    computed = str(dtype).removeprefix("torch.")
+    return computed if kv_cache.kv_format(settings.kv_dtype, dtype) is None else f"{settings.kv_dtype} of {computed}"
 
 
 def _activation_bytes(settings: WorkerSettings, config: ModelConfig, dtype: torch.dtype) -> int:

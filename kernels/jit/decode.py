@@ -6,7 +6,8 @@ The last range of a token to finish merges all of them. Invariant: every counter
 import triton
 import triton.language as tl
 
-from kernels.jit.softmax import accumulate, finished, load_rows, merged
+from kernels.jit.softmax import accumulate, finished, load_rows, merged, nothing_seen
+from kernels.jit.stored import load_kv
 
 
 @triton.jit(do_not_specialize=["table_stride"])  # it changes from step to step: one build for all
@@ -15,6 +16,7 @@ def decode_kernel(
     query,  # [num_tokens, num_heads, head_dim], rows query_stride apart
     sink_query,  # the same: scores the items that ask for it
     layer_kv,  # [num_blocks, 2, num_kv_heads, block_size, head_dim], blocks block_stride apart
+    scales,  # [num_blocks, 2, num_kv_heads, block_size], blocks half of block_stride apart; as KIND has them
     tables,  # [num_seqs, max_blocks] int32, rows table_stride apart
     items,  # [num_items, 8] int32
     part_slots,  # int32: which parts belong to a token
@@ -36,6 +38,8 @@ def decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HEAD_ROW: tl.constexpr,  # from one head to the next within a block
+    KIND: tl.constexpr,
 ):
     head = tl.program_id(0)
     item = items + tl.program_id(1) * 8
@@ -55,25 +59,32 @@ def decode_kernel(
     else:
         rows_of = load_rows(query + token * query_stride, row_heads * HEAD_DIM, live_row, HEAD_DIM, DIM, True)
 
-    keys_of = layer_kv + head * (BLOCK_SIZE * HEAD_DIM)
-    values_of = keys_of + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
-    accumulator = tl.zeros([ROWS, DIM], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    largest = tl.full([ROWS], -float("inf"), tl.float32)
+    MATH: tl.constexpr = tl.float16 if KIND == "fp8" and rows_of.dtype == tl.bfloat16 else rows_of.dtype
+    rows_of = rows_of.to(MATH)
+    keys_of, key_scales_of = layer_kv + head * HEAD_ROW, scales + head * (HEAD_ROW // 2)
+    values_of, value_scales_of = keys_of + NUM_KV_HEADS * HEAD_ROW, key_scales_of + NUM_KV_HEADS * (HEAD_ROW // 2)
+    accumulator, total, largest = nothing_seen(ROWS, DIM)
     # Block numbers are loaded one step ahead, so that copies of keys and values may run several steps ahead.
     ahead = start + tl.arange(0, TILE)
-    blocks = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
+    blocks_ahead = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
     for position in range(start, end, TILE):
-        positions = position + tl.arange(0, TILE)
+        positions, blocks = position + tl.arange(0, TILE), blocks_ahead
         live = positions < end
-        offsets = blocks.to(tl.int64) * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
-        ahead = positions + TILE
-        blocks = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
-        keys = load_rows(keys_of, offsets, live, HEAD_DIM, DIM, True)
-        values = load_rows(values_of, offsets, live, HEAD_DIM, DIM, True)
+        blocks_ahead = tl.load(table + (positions + TILE) // BLOCK_SIZE, mask=positions + TILE < end, other=0)
+        keys, key_scales = load_kv(
+            keys_of, key_scales_of, blocks, positions, live, block_stride, HEAD_DIM, DIM, BLOCK_SIZE, True, KIND, MATH
+        )
+        values, value_scales = load_kv(
+            values_of, value_scales_of, blocks, positions, live, block_stride,
+            HEAD_DIM, DIM, BLOCK_SIZE, True, KIND, MATH,
+        )  # fmt: skip
         scores = tl.dot(rows_of, tl.trans(keys), input_precision="tf32x3")
+        if KIND != "same":
+            scores *= key_scales[None, :]
         scores = tl.where(live[None, :], scores, -float("inf"))
-        accumulator, total, largest = accumulate(scores, scale, values, accumulator, total, largest, False)
+        accumulator, total, largest = accumulate(
+            scores, scale, values, value_scales, accumulator, total, largest, False, KIND != "same"
+        )
     result, state = finished(accumulator, total, largest)
 
     dims = tl.arange(0, DIM)

@@ -3,13 +3,16 @@
 import triton
 import triton.language as tl
 
+from kernels.jit.stored import store_kv
+
 
 @triton.jit
 def write_kernel(
     heads,  # [num_tokens, NUM_QUERY + 2 * num_kv_heads, head_dim], rows heads_stride apart
     cos,  # [num_tokens, 1, 2, head_dim / 2], rows cos_stride apart: as `kernels.rotary_` takes them
     sin,  # of which the first half is read: the negative one
-    layer_kv,
+    layer_kv,  # [num_blocks, 2, num_kv_heads, block_size, head_dim]; integers, or the bits of fp8, as KIND asks
+    scales,  # [num_blocks, 2, num_kv_heads, block_size], as KIND has them
     slots,  # [num_tokens] int32
     heads_stride,
     cos_stride,
@@ -22,6 +25,9 @@ def write_kernel(
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     ROTATE: tl.constexpr,
+    HEAD_ROW: tl.constexpr,  # from one head to the next within a block
+    KIND: tl.constexpr,
+    LARGEST: tl.constexpr,  # what the largest of a vector becomes, where KIND has scales
 ):
     """Rotate queries in place, and write keys, rotated too, and values into their slots."""
     token = tl.program_id(0).to(tl.int64)
@@ -30,8 +36,8 @@ def write_kernel(
     dims = tl.arange(0, HALF)
     mask = (head < NUM_QUERY + 2 * NUM_KV_HEADS)[:, None] & (dims < half)[None, :]
     at = heads + token * heads_stride + head[:, None] * HEAD_DIM + dims[None, :]
-    low = tl.load(at, mask=mask)
-    high = tl.load(at + half, mask=mask)
+    low = tl.load(at, mask=mask, other=0.0)
+    high = tl.load(at + half, mask=mask, other=0.0)
     if ROTATE:
         c = tl.load(cos + token * cos_stride + dims, mask=dims < half).to(tl.float32)[None, :]
         s = -tl.load(sin + token * sin_stride + dims, mask=dims < half).to(tl.float32)[None, :]
@@ -43,11 +49,13 @@ def write_kernel(
         tl.store(at, low, mask=is_query)
         tl.store(at + half, high, mask=is_query)
     slot = tl.load(slots + token).to(tl.int64)
-    block = layer_kv + slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * HEAD_DIM
-    target = block + (head - NUM_QUERY)[:, None] * (BLOCK_SIZE * HEAD_DIM) + dims[None, :]
+    block, inside = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    row = (head - NUM_QUERY)[:, None]
+    width: tl.constexpr = half if KIND == "int4" else HEAD_DIM
+    target = layer_kv + block * block_stride + inside * width + row * HEAD_ROW
+    scale_at = scales + block * (block_stride // 2) + inside + row * (HEAD_ROW // 2)
     mask = mask & (head >= NUM_QUERY)[:, None]
-    tl.store(target, low, mask=mask)
-    tl.store(target + half, high, mask=mask)
+    store_kv(low, high, target, scale_at, dims[None, :], mask, half, KIND, LARGEST)
 
 
 @triton.jit

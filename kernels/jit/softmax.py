@@ -20,8 +20,17 @@ def load_rows(start, offsets, live, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, M
 
 
 @triton.jit
-def accumulate(scores, scale, values, accumulator, total, largest, MASKED: tl.constexpr):
-    """Take one tile's `scores[rows, tile]` (not scaled, -inf where not seen) and `values[tile, DIM]` into the state."""
+def nothing_seen(ROWS: tl.constexpr, DIM: tl.constexpr):
+    """The state before the first tile: accumulator, total, largest."""
+    return tl.zeros([ROWS, DIM], tl.float32), tl.zeros([ROWS], tl.float32), tl.full([ROWS], -float("inf"), tl.float32)
+
+
+@triton.jit
+def accumulate(
+    scores, scale, values, value_scales, accumulator, total, largest, MASKED: tl.constexpr, SCALED: tl.constexpr
+):
+    """Take one tile's `scores[rows, tile]` (not scaled, -inf where not seen) and `values[tile, DIM]`, with SCALED each
+    times its `value_scales[tile]`, into the state."""
     new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
     shift = new_largest
     if MASKED:  # a row may have seen nothing yet
@@ -30,6 +39,13 @@ def accumulate(scores, scale, values, accumulator, total, largest, MASKED: tl.co
     fade = tl.exp2(largest - shift)
     total = total * fade + tl.sum(weights, 1)
     accumulator = accumulator * fade[:, None]
+    if SCALED:
+        if values.dtype == tl.float16:
+            # Small scales would leave its range: within a tile they count by the largest.
+            most = tl.max(value_scales, 0)
+            weights *= (value_scales / tl.where(most == 0.0, 1.0, most))[None, :]
+            return accumulator + most * tl.dot(weights.to(values.dtype), values), total, new_largest
+        weights *= value_scales[None, :]
     accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="tf32x3")
     return accumulator, total, new_largest
 

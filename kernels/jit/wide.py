@@ -7,7 +7,8 @@ from its token's position and the item's two distances alone.
 import triton
 import triton.language as tl
 
-from kernels.jit.softmax import accumulate, finished, load_rows
+from kernels.jit.softmax import accumulate, finished, load_rows, nothing_seen
+from kernels.jit.stored import load_kv
 
 
 @triton.jit
@@ -16,6 +17,8 @@ def attend(
     row_positions,
     keys_of,
     values_of,
+    key_scales_of,
+    value_scales_of,
     table,
     block_stride,
     scale,
@@ -31,6 +34,7 @@ def attend(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     MASKED: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """Take positions [start, end) into the state; a row sees those from `far` to `near` positions before its own."""
     for position in range(start, end, TILE):
@@ -40,15 +44,24 @@ def attend(
             blocks = tl.load(table + positions // BLOCK_SIZE, mask=live, other=0)
         else:
             blocks = tl.load(table + positions // BLOCK_SIZE)
-        offsets = blocks.to(tl.int64) * block_stride + (positions % BLOCK_SIZE) * HEAD_DIM
-        keys = load_rows(keys_of, offsets, live, HEAD_DIM, DIM, MASKED)
+        keys, key_scales = load_kv(
+            keys_of, key_scales_of, blocks, positions, live, block_stride,
+            HEAD_DIM, DIM, BLOCK_SIZE, MASKED, KIND, rows_of.dtype,
+        )  # fmt: skip
         scores = tl.dot(rows_of, tl.trans(keys), input_precision="tf32x3")
-        values = load_rows(values_of, offsets, live, HEAD_DIM, DIM, MASKED)
+        values, value_scales = load_kv(
+            values_of, value_scales_of, blocks, positions, live, block_stride,
+            HEAD_DIM, DIM, BLOCK_SIZE, MASKED, KIND, rows_of.dtype,
+        )  # fmt: skip
+        if KIND != "same":
+            scores *= key_scales[None, :]
         if MASKED:
             distance = row_positions[:, None] - positions[None, :]
             seen = (distance >= near) & (distance <= far) & live[None, :]
             scores = tl.where(seen, scores, -float("inf"))
-        accumulator, total, largest = accumulate(scores, scale, values, accumulator, total, largest, MASKED)
+        accumulator, total, largest = accumulate(
+            scores, scale, values, value_scales, accumulator, total, largest, MASKED, KIND != "same"
+        )
     return accumulator, total, largest
 
 
@@ -58,6 +71,7 @@ def wide_kernel(
     query,  # [num_tokens, num_heads, head_dim], rows query_stride apart
     sink_query,  # the same: scores the items that ask for it
     layer_kv,  # [num_blocks, 2, num_kv_heads, block_size, head_dim], blocks block_stride apart
+    scales,  # [num_blocks, 2, num_kv_heads, block_size], blocks half of block_stride apart; as KIND has them
     tables,  # [num_seqs, max_blocks] int32, rows table_stride apart
     items,  # [num_items, 12] int32
     tokens,  # int32: the tokens of each item, one after the other
@@ -77,6 +91,8 @@ def wide_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HEAD_ROW: tl.constexpr,  # from one head to the next within a block
+    KIND: tl.constexpr,
 ):
     head = tl.program_id(0)
     item = items + tl.program_id(1) * 12
@@ -99,18 +115,18 @@ def wide_kernel(
     else:
         rows_of = load_rows(query, query_rows, live_row, HEAD_DIM, DIM, True)
 
-    keys_of = layer_kv + head * (BLOCK_SIZE * HEAD_DIM)
-    values_of = keys_of + NUM_KV_HEADS * BLOCK_SIZE * HEAD_DIM
-    accumulator = tl.zeros([ROWS, DIM], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    largest = tl.full([ROWS], -float("inf"), tl.float32)
+    MATH: tl.constexpr = tl.float16 if KIND == "fp8" and rows_of.dtype == tl.bfloat16 else rows_of.dtype
+    rows_of = rows_of.to(MATH)
+    keys_of, key_scales_of = layer_kv + head * HEAD_ROW, scales + head * (HEAD_ROW // 2)
+    values_of, value_scales_of = keys_of + NUM_KV_HEADS * HEAD_ROW, key_scales_of + NUM_KV_HEADS * (HEAD_ROW // 2)
+    accumulator, total, largest = nothing_seen(ROWS, DIM)
     accumulator, total, largest = attend(
-        rows_of, row_positions, keys_of, values_of, table, block_stride, scale, accumulator, total, largest,
-        start, full_end, far, near, HEAD_DIM, DIM, BLOCK_SIZE, TILE, False,
+        rows_of, row_positions, keys_of, values_of, key_scales_of, value_scales_of, table, block_stride, scale,
+        accumulator, total, largest, start, full_end, far, near, HEAD_DIM, DIM, BLOCK_SIZE, TILE, False, KIND,
     )  # fmt: skip
     accumulator, total, largest = attend(
-        rows_of, row_positions, keys_of, values_of, table, block_stride, scale, accumulator, total, largest,
-        full_end, end, far, near, HEAD_DIM, DIM, BLOCK_SIZE, TILE, True,
+        rows_of, row_positions, keys_of, values_of, key_scales_of, value_scales_of, table, block_stride, scale,
+        accumulator, total, largest, full_end, end, far, near, HEAD_DIM, DIM, BLOCK_SIZE, TILE, True, KIND,
     )  # fmt: skip
     result, state = finished(accumulator, total, largest)
 

@@ -9,18 +9,21 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from typing import Any
 
 import pytest
 
 SHARED_BYTES = 227 * 1024
-BUILDS = ("decode", "wide", "wide, many", "write", "norm")
+KEPT = ("int8", "fp8", "int4")
+BUILDS = (*((name, kind) for name in ("decode", "wide", "write") for kind in ("same", *KEPT)),)
+PLAIN = (("wide, many", "same"), ("norm", "same"))
 
 
-@pytest.fixture(scope="module")
-def builds() -> dict[str, Any]:
+@cache
+def builds(kind: str) -> dict[str, Any]:
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernel_builds"]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernel_builds", kind]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"kernels cannot be compiled for sm_90 here: {done.stderr[-2000:]}"
     found: dict[str, Any] = json.loads(done.stdout)
@@ -32,37 +35,56 @@ def count(build: dict[str, Any], *parts: str) -> int:
     return sum(n for name, n in build["instructions"].items() if set(parts) <= set(name.split(".")))
 
 
-def test_all_are_built(builds: dict[str, Any]) -> None:
-    assert set(builds) == set(BUILDS)
-    assert all(count(build, "EXIT") for build in builds.values())
+@pytest.mark.parametrize("kind", ["same", *KEPT])
+def test_all_are_built(kind: str) -> None:
+    assert set(builds(kind)) == {name for name, of in (*BUILDS, *PLAIN) if of == kind}
+    assert all(count(build, "EXIT") for build in builds(kind).values())
 
 
-@pytest.mark.parametrize("name", BUILDS)
-def test_no_register_is_spilled(builds: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), [*BUILDS, *PLAIN])
+def test_no_register_is_spilled(name: str, kind: str) -> None:
     # Two programs of many rows a processor, each with some spills, were measured faster than one without.
     allowed = 240 if name == "wide, many" else 0
-    assert count(builds[name], "LDL") + count(builds[name], "STL") <= allowed
+    build = builds(kind)[name]
+    assert count(build, "LDL") + count(build, "STL") <= allowed
 
 
-@pytest.mark.parametrize("name", BUILDS)
-def test_shared_memory_is_enough(builds: dict[str, Any], name: str) -> None:
-    assert builds[name]["shared"] <= SHARED_BYTES
+@pytest.mark.parametrize(("name", "kind"), [*BUILDS, *PLAIN])
+def test_shared_memory_is_enough(name: str, kind: str) -> None:
+    assert builds(kind)[name]["shared"] <= SHARED_BYTES
 
 
-@pytest.mark.parametrize("name", ["wide", "wide, many"])
-def test_products_of_many_rows_run_on_warp_groups(builds: dict[str, Any], name: str) -> None:
-    assert count(builds[name], "HGMMA") > 0
-    assert count(builds[name], "HMMA") == 0
+@pytest.mark.parametrize(("name", "kind"), [*(("wide", kind) for kind in ("same", *KEPT)), PLAIN[0]])
+def test_products_of_many_rows_run_on_warp_groups(name: str, kind: str) -> None:
+    build = builds(kind)[name]
+    assert count(build, "HGMMA") > 0
+    assert count(build, "HMMA") == 0
 
 
 @pytest.mark.parametrize("name", ["decode", "wide", "wide, many"])
-def test_keys_and_values_are_copied_past_the_registers(builds: dict[str, Any], name: str) -> None:
-    wide, every = count(builds[name], "LDGSTS", "128"), count(builds[name], "LDGSTS")
+def test_keys_and_values_are_copied_past_the_registers(name: str) -> None:
+    build = builds("same")[name]
+    wide, every = count(build, "LDGSTS", "128"), count(build, "LDGSTS")
     assert wide >= 16
     assert every - wide <= 8  # block numbers
 
 
+@pytest.mark.parametrize("kind", KEPT)
+@pytest.mark.parametrize("name", ["decode", "wide"])
+def test_fewer_bits_are_copied_past_the_registers_too(name: str, kind: str) -> None:
+    build = builds(kind)[name]
+    copies = [count(build, "LDGSTS", width) for width in ("64", "128")]
+    assert sum(copies) >= 8
+    assert count(build, "LDGSTS") - sum(copies) <= 8  # block numbers
+
+
+@pytest.mark.parametrize("name", ["decode", "wide"])
+def test_fp8_is_unpacked_by_the_processor_in_pairs(name: str) -> None:
+    assert count(builds("fp8")[name], "F2FP", "F16", "E4M3") >= 16
+
+
 @pytest.mark.parametrize("name", ["write", "norm"])
-def test_rows_are_moved_by_16_bytes(builds: dict[str, Any], name: str) -> None:
-    assert count(builds[name], "LDG", "128") > 0
-    assert count(builds[name], "STG", "128") > 0
+def test_rows_are_moved_by_16_bytes(name: str) -> None:
+    build = builds("same")[name]
+    assert count(build, "LDG", "128") > 0
+    assert count(build, "STG", "128") > 0

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernels import FORMATS
 from tests.kernel_cases import CASES, Case, leave_window, make_problem
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -19,6 +20,27 @@ def test_attention(case: Case, dtype: torch.dtype) -> None:
     result = problem.run()
     assert result.dtype == dtype
     torch.testing.assert_close(result.double(), problem.expected(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("case", [case for case in CASES if sum(case.query_lens) < 400], ids=str)
+def test_attention_over_what_was_kept(case: Case, name: str) -> None:
+    """What a format loses it loses when it is written: attention over it is exact."""
+    problem = make_problem(case, torch.float32, "cpu", FORMATS[name])
+    leave_window(problem)
+    torch.testing.assert_close(problem.run().double(), problem.expected(), atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_attention_in_half_precision_over_what_was_kept(name: str, dtype: torch.dtype) -> None:
+    case = next(case for case in CASES if case.name == "sinks, mixed batch")
+    problem = make_problem(case, dtype, "cpu", FORMATS[name])
+    result = problem.run()
+    assert result.dtype == dtype
+    # Values in half precision are rounded a second time when they are read.
+    tolerance = 2 * TOLERANCE[dtype]
+    torch.testing.assert_close(result.double(), problem.expected(), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

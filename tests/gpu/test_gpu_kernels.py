@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import device, reference
+from kernels import FORMATS, device, reference
 from kernels.configs import DecodeConfig, Tuning, WideConfig
 from tests.kernel_cases import CASES, Case, leave_window, make_problem
 
@@ -69,6 +69,42 @@ def test_sharing_changes_nothing(case: Case) -> None:
         case, torch.bfloat16, tuned=replace(EAGER, wide=WideConfig(), many=WideConfig(rows=128), decode=DecodeConfig())
     )
     check(case, torch.bfloat16, tuned=replace(EAGER, share=False))
+
+
+def check_kept(case: Case, name: str, **options: object) -> None:
+    problem = make_problem(case, torch.bfloat16, "cuda", FORMATS[name])
+    leave_window(problem)
+    result = problem.run(device, **options).cpu().double()
+    tolerance = TOLERANCE[torch.bfloat16]
+    torch.testing.assert_close(result, problem.expected(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["float16", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_attention_over_what_was_kept(case: Case, name: str) -> None:
+    check_kept(case, name)
+    check_kept(case, name, tuned=EAGER)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("case", REAL, ids=str)
+def test_attention_of_real_size_over_what_was_kept(case: Case, name: str) -> None:
+    check_kept(case, name)
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "int4"])
+def test_vectors_are_kept_as_the_twin_keeps_them(name: str) -> None:
+    case = Case("kept", (40, 5), (60, 20), heads=(32, 8, 128), block_size=16)
+    kept = []
+    for operations in (device, reference):
+        problem = make_problem(case, torch.bfloat16, "cuda", FORMATS[name])
+        problem.key_value *= torch.logspace(-9, 7, 45, device="cuda")[:, None, None].bfloat16()
+        problem.key_value[3, 2] = 0
+        lens = (case.query_lens, case.context_lens)
+        plan = operations.plan_attention(problem.kv_cache, *lens, problem.block_tables, num_heads=32)
+        operations.write_kv(problem.key_value, problem.kv_cache.layer(problem.layer), plan)
+        kept.append(problem.kv_cache.rows)
+    assert torch.equal(*kept)
 
 
 def test_a_plan_is_used_again_by_every_layer() -> None:

@@ -50,6 +50,17 @@ def test_tokens_are_the_same_in_a_batch(cuda: ModelRunner) -> None:
     assert same == 24 or cuda.cache.blocks.dtype != torch.float32
 
 
+@pytest.mark.parametrize(("kv_dtype", "allowed"), [("int8", 0.06), ("fp8", 0.12), ("int4", 0.5)])
+def test_logits_over_kv_in_fewer_bits(cpu: ModelRunner, kv_dtype: str, allowed: float) -> None:
+    expected = Driver(cpu).logits(Driver(cpu).start(tokens(90, seed=1)))
+    runner = load(MODEL, device="cuda", dtype="bfloat16", kv_dtype=kv_dtype)
+    runner.cache.blocks.fill_(0xFF)
+    driver = Driver(runner, seed=2)
+    ours = driver.logits(driver.start(tokens(90, seed=1)), chunk=37)
+    assert (ours - expected).norm() / expected.norm() < allowed
+    runner.close()
+
+
 def test_drawn_tokens_repeat(cuda: ModelRunner) -> None:
     sampling = SamplingParams(temperature=0.8, top_p=0.9, seed=11)
     driver = Driver(cuda)

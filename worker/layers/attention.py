@@ -29,7 +29,7 @@ class Attention:
     sinks: int = 0  # first positions that queries see beside the window
 
     def __call__(
-        self, x: torch.Tensor, angles: Angles, layer_kv: torch.Tensor, plan: kernels.AttentionPlan
+        self, x: torch.Tensor, angles: Angles, layer_kv: kernels.KV, plan: kernels.AttentionPlan
     ) -> torch.Tensor:
         """`x[num_tokens, hidden_size]` to the same shape; writes this step's keys and values to `layer_kv`."""
         heads = self.qkv(x).view(x.shape[0], self.num_heads + 2 * self.num_kv_heads, self.head_dim)

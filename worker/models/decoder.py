@@ -35,7 +35,7 @@ class DecoderLayer:
         update: torch.Tensor | None,
         residual: torch.Tensor,
         angles: Angles,
-        layer_kv: torch.Tensor,
+        layer_kv: kernels.KV,
         plan: kernels.AttentionPlan,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes the last layer's `update`, not yet added to `residual` (both [num_tokens, hidden_size]); returns its
@@ -64,7 +64,7 @@ class Decoder:
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        layers_kv: Sequence[torch.Tensor],
+        layers_kv: Sequence[kernels.KV],
         plan: kernels.AttentionPlan,
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:

@@ -11,11 +11,13 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from bench import perplexity
+from bench import kv_formats, perplexity
 from bench.chart import Line, line_chart
 from bench.perplexity import Attention, Measured, measure
+from pando.errors import ConfigError
 from tests.oracle import make_checkpoint, oracle_logits
 from tests.runner_driver import random_tokens
+from worker.models.config import read_config
 
 TEXT = array("I", random_tokens(700, seed=1))
 
@@ -103,3 +105,27 @@ def test_a_chart_places_points_by_value() -> None:
 def test_a_model_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert perplexity.main(["--model", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_kv_types_are_compared_and_their_pools_counted(folder: Path) -> None:
+    config = read_config(folder)
+    rows = []
+    for name in ("bfloat16", "int8", "int4"):
+        rows.append(kv_formats.kept(name, measure(str(folder), Attention("full"), TEXT[:120], kv_dtype=name), config))
+    base, eight, four = rows
+    assert abs(eight.measured.perplexity() / base.measured.perplexity() - 1) < 0.01
+    size = config.head_dim
+    assert eight.token_bytes / base.token_bytes == (size + 2) / (2 * size)
+    assert four.token_bytes / base.token_bytes == (size // 2 + 2) / (2 * size)
+    assert eight.wide_sequences / base.wide_sequences > 1.9
+    assert eight.sequences * eight.token_bytes * kv_formats.SEQUENCE_TOKENS <= kv_formats.ROOM
+    table = kv_formats.table(rows)
+    assert "| bfloat16 |" in table
+    assert "+0.000 %" in table
+    assert "1.000 x" in table
+    assert json.loads(json.dumps(kv_formats.summary(rows)))["int8"]["sequences"] == eight.sequences
+
+
+def test_a_kv_type_that_is_not_there_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="--kv-dtype must be auto or one of"):
+        measure(str(folder), Attention("full"), TEXT[:20], kv_dtype="int3")
