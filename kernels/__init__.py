@@ -26,15 +26,19 @@ from functools import cache
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 
+from kernels import cpu, reference
 from kernels import plan as host_plan
-from kernels import reference
+from kernels.cpu import CpuPlan, PackedWeight
+from kernels.cpu_library import library
 from kernels.device_plan import DevicePlan
 from kernels.quantize import FORMATS, KV, KVFormat, StoredKV, stored
 from kernels.sampling import counter_uniform, sample
 from kernels.step import Ints
 
-AttentionPlan = host_plan.AttentionPlan | DevicePlan
+AttentionPlan = host_plan.AttentionPlan | CpuPlan | DevicePlan
+Weight = torch.Tensor | PackedWeight
 
 __all__ = [
     "FORMATS",
@@ -42,12 +46,15 @@ __all__ = [
     "AttentionPlan",
     "KVFormat",
     "StoredKV",
+    "Weight",
     "add_rms_norm",
     "attention",
     "copy_blocks",
     "counter_uniform",
     "head_rms_norm_",
+    "linear",
     "merge_states",
+    "pack",
     "plan_attention",
     "rms_norm",
     "rotary_",
@@ -69,9 +76,28 @@ def _device_operations() -> ModuleType:
     return device
 
 
+@cache
+def _cpu_operations() -> ModuleType:
+    return reference if library() is None else cpu
+
+
 def _operations(tensor: KV) -> ModuleType:
-    """What computes where the tensor is: Triton on CUDA, plain torch elsewhere."""
-    return _device_operations() if tensor.is_cuda else reference
+    """What computes where the tensor is: Triton on CUDA, native code on the CPU where it can be built, else plain
+    torch."""
+    return _device_operations() if tensor.is_cuda else _cpu_operations()
+
+
+def pack(weight: torch.Tensor) -> Weight:
+    """`weight[outputs, inputs]` as `linear` takes it where the weight is: another tensor in memory, or itself."""
+    packed: Weight = cpu.pack(weight) if _operations(weight) is cpu else weight
+    return packed
+
+
+def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x[num_tokens, inputs] @ weight.T + bias[outputs]`."""
+    if isinstance(weight, PackedWeight):
+        return cpu.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def plan_attention(

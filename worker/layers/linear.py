@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+
+import kernels
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """`x @ weight.T + bias` with `weight[out, in]`, `bias[out]`."""
+    """`x @ weight.T + bias` with `weight[out, in]`, packed or not, and `bias[out]`."""
 
-    weight: torch.Tensor
+    weight: kernels.Weight
     bias: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return kernels.linear(x, self.weight, self.bias)

@@ -93,9 +93,9 @@ def load_decoder(config: ModelConfig, checkpoint: Checkpoint) -> Decoder:
     layers = tuple(_layer(config, checkpoint, index) for index in range(config.num_layers))
     if config.tied_head:
         checkpoint.ignore("lm_head.weight")
-        head = Linear(embedding)
+        head = Linear(kernels.pack(embedding))
     else:
-        head = Linear(checkpoint.read(["lm_head.weight"], [(config.vocab_size, config.hidden_size)]))
+        head = Linear(kernels.pack(checkpoint.read(["lm_head.weight"], [(config.vocab_size, config.hidden_size)])))
     norm = _vector(checkpoint, "model.norm.weight", config.hidden_size)
     checkpoint.finish()
     rotary = RotaryEmbedding(
@@ -155,8 +155,11 @@ def _mlp(config: ModelConfig, checkpoint: Checkpoint, prefix: str) -> GatedMlp:
 def _linear(checkpoint: Checkpoint, parts: Sequence[tuple[str, int]], inputs: int, *, bias: bool) -> Linear:
     weight = checkpoint.read([f"{name}.weight" for name, _ in parts], [(outputs, inputs) for _, outputs in parts])
     if not bias:
-        return Linear(weight)
-    return Linear(weight, checkpoint.read([f"{name}.bias" for name, _ in parts], [(outputs,) for _, outputs in parts]))
+        return Linear(kernels.pack(weight))
+    return Linear(
+        kernels.pack(weight),
+        checkpoint.read([f"{name}.bias" for name, _ in parts], [(outputs,) for _, outputs in parts]),
+    )
 
 
 def _vector(checkpoint: Checkpoint, name: str, size: int) -> torch.Tensor:
