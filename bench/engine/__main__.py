@@ -1,6 +1,7 @@
-"""`python -m bench.engine make|alone`: checkpoints of random weights, and the engine's figures in this process.
+"""`python -m bench.engine make|alone|workload|facts`: checkpoints, the engine's figures, the workload beside peers.
 
-Needs neither Ray nor Redis.
+`alone` and `facts` need neither Ray nor Redis. `workload` starts Redis, a router and a worker as processes for our own
+row; where there is no Redis, it says so and ends with code 2.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,12 +18,15 @@ from typing import Any
 
 import torch
 
+from bench.engine import facts
 from bench.engine.alone import BATCHES, measure_alone
 from bench.engine.checkpoints import SHAPES, checkpoint
 from bench.engine.machine import Machine, measure_machine
-from bench.engine.tables import markdown, number
+from bench.engine.scenario import SCENARIO, read_scenario
+from bench.engine.tables import comparison_table, markdown, number
 from pando.errors import ConfigError
 from pando.settings import WorkerSettings
+from worker.models.config import read_config
 
 PROG = "python -m bench.engine"
 
@@ -64,6 +69,76 @@ def _alone(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"machine": asdict(machine), "model": settings.model, **asdict(found)}
 
 
+def _workload(arguments: argparse.Namespace) -> dict[str, Any]:
+    # Redis, gRPC and HTTP are needed here alone.
+    from bench.engine.comparison import PeerOptions, compare
+    from bench.engine.systems import Serving
+
+    scenario = read_scenario(arguments.scenario)
+    settings = _worker(arguments)
+    folder = Path(settings.model)
+    machine = _machine(arguments)
+    open_tokens = scenario.concurrency * (scenario.prompt_tokens + scenario.output_tokens + settings.block_size)
+    length = max(scenario.prompt_tokens + scenario.output_tokens, 4096) + 64
+    serving = Serving(
+        folder, settings.dtype, settings.threads, scenario.concurrency,
+        kv_tokens=max(2 * open_tokens, 2 * length), length=length, device=settings.device,
+    )  # fmt: skip
+    logs = arguments.logs or Path(tempfile.mkdtemp(prefix="pando-bench-peers-"))
+    logs.mkdir(parents=True, exist_ok=True)
+    peers = PeerOptions(
+        urls=dict(_named(one) for one in arguments.peer),
+        vllm_python=arguments.vllm_python,
+        vllm_preload=arguments.vllm_preload,
+        llama_server=arguments.llama_server,
+        transformers=arguments.transformers,
+        logs=logs,
+    )
+    rows, absent = compare(
+        serving, settings, scenario, read_config(folder).vocab_size, peers, rounds=arguments.rounds, say=_say
+    )
+    found = [row.document() for row in rows]
+    print(f"{scenario}, {arguments.rounds} rounds, medians\n")
+    print(comparison_table(found))
+    for line in [f"failed: {one['name']}: {one['failure']}" for one in found if one["failure"]]:
+        print(line)
+    for line in absent:
+        print(f"absent: {line}")
+    load = os.getloadavg()[0]
+    return {
+        "machine": asdict(machine),
+        "load_after": load,
+        "scenario": asdict(scenario),
+        "rows": found,
+        "absent": absent,
+    }
+
+
+def _facts(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = _worker(arguments)
+    times = facts.token_times(settings, arguments.lengths)
+    body = [[f"{t.length:,}", number(t.with_cache_ms, 2), number(t.without_cache_ms, 2)] for t in times]
+    print(markdown(["tokens before it", "ms a token with a cache", "without"], body) + "\n")
+    sequences = [facts.concurrency(blocks) for blocks in facts.POOLS]
+    body = [[f"{s.kv_tokens:,}", str(s.reserved), number(s.paged_mean, 1), str(s.paged_peak)] for s in sequences]
+    print(markdown(["token positions", "sequences reserved", "paged, mean", "most"], body) + "\n")
+    kinds = facts.kv_bytes(settings)
+    body = [
+        [k.dtype, number(k.bytes_per_token, 0), f"{k.bytes_per_token / kinds[0].bytes_per_token:.3f}"] for k in kinds
+    ]
+    print(markdown(["KV dtype", "bytes a token", "of float32"], body))
+    if arguments.plot:
+        title = f"Time for the next token: {Path(settings.model).name}, {settings.dtype}"
+        arguments.plot.write_text(facts.draw_times(times, title), "utf-8")
+    if arguments.plot_memory:
+        arguments.plot_memory.write_text(facts.draw_concurrency(sequences), "utf-8")
+    return {
+        "token_times": [asdict(one) for one in times],
+        "concurrency": [asdict(one) for one in sequences],
+        "kv_bytes": [asdict(one) for one in kinds],
+    }
+
+
 def _worker(arguments: argparse.Namespace) -> WorkerSettings:
     """The model is a shape's name, made where it is not there yet, or a folder."""
     known = arguments.model in SHAPES
@@ -85,6 +160,17 @@ def _machine(arguments: argparse.Namespace) -> Machine:
     return found
 
 
+def _named(text: str) -> tuple[str, str]:
+    name, _, url = text.partition("=")
+    if name not in ("vllm", "llama.cpp") or not url.startswith("http"):
+        raise ConfigError(f"--peer {text}: write vllm=http://... or llama.cpp=http://...")
+    return name, url
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROG, description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -96,7 +182,25 @@ def _parser() -> argparse.ArgumentParser:
     alone = commands.add_parser("alone", help="prefill and decode of the engine in this process")
     alone.add_argument("--batches", type=_numbers, default=BATCHES, help="such as 1,8,16,64")
     alone.set_defaults(run=_alone)
-    _model_options(alone)
+    workload = commands.add_parser("workload", help="the multi-tenant workload, ours and the peers that are there")
+    workload.add_argument("--scenario", type=Path, default=SCENARIO)
+    workload.add_argument("--rounds", type=int, default=3)
+    workload.add_argument(
+        "--peer", action="append", default=[], help="NAME=URL of a server that runs; vllm or llama.cpp"
+    )
+    workload.add_argument("--vllm-python", type=Path, help="start vLLM with this interpreter")
+    workload.add_argument("--vllm-preload", default="", help="libraries for its LD_PRELOAD: tcmalloc and iomp")
+    workload.add_argument("--llama-server", type=Path, help="start this llama.cpp server")
+    workload.add_argument("--transformers", action="store_true", help="run transformers of this interpreter")
+    workload.add_argument("--logs", type=Path, help="folder for what the peers say")
+    workload.set_defaults(run=_workload)
+    figures = commands.add_parser("facts", help="what a KV cache is worth")
+    figures.add_argument("--lengths", type=_numbers, default=facts.LENGTHS)
+    figures.add_argument("--plot", type=Path, help="SVG of the time for a token over length")
+    figures.add_argument("--plot-memory", type=Path, help="SVG of sequences in the same bytes")
+    figures.set_defaults(run=_facts)
+    for one in (alone, workload, figures):
+        _model_options(one)
     return parser
 
 

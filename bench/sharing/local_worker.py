@@ -157,9 +157,18 @@ class LocalWorker:
 
     def run(self) -> None:
         """Step until every sequence has ended."""
-        while self._open:
-            if not self._engine.step():
-                self._sleep(POLL_S)
+        while self.busy:
+            self.step()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a sequence has not ended."""
+        return bool(self._open)
+
+    def step(self) -> None:
+        """One step of the engine, or a short sleep where there was none to run."""
+        if not self._engine.step():
+            self._sleep(POLL_S)
 
     def pause(self, seconds: float) -> None:
         """Nothing is asked for so long; blocks may move between the tiers."""
