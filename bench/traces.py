@@ -13,7 +13,7 @@ import random
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,13 @@ class Scenario:
     mean_pause_s: float = 10.0
 
 
+def scenarios() -> list[Path]:
+    """The files that traces are made from, by name; the folder has others, of other benchmarks."""
+    names = {one.name for one in fields(Scenario)}
+    paths = sorted(SCENARIOS.glob("*.toml"))
+    return [path for path in paths if tomllib.loads(path.read_text("utf-8")).keys() <= names]
+
+
 def read_scenario(name: str) -> Scenario:
     """A scenario by its name or path; raises `ConfigError` for what is none."""
     path = Path(name)
@@ -56,7 +63,7 @@ def read_scenario(name: str) -> Scenario:
     try:
         return Scenario(**tomllib.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        known = ", ".join(sorted(one.stem for one in SCENARIOS.glob("*.toml")))
+        known = ", ".join(one.stem for one in scenarios())
         raise ConfigError(f"{name} is no scenario ({error}); there are {known}") from error
 
 

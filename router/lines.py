@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import NewType
 
 import numpy as np
@@ -24,6 +25,7 @@ Waiting = tuple[int, int]
 """An owner's weight, and the tokens of prompts and answers that a worker may yet compute for what waits of it."""
 Line = Mapping[Owner, Waiting]
 """All who wait at one worker."""
+NOBODY_WAITS: Line = MappingProxyType({})
 
 
 @lru_cache(maxsize=4096)

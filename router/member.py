@@ -13,7 +13,7 @@ from kvstore.block import BlockKey, WorkerId
 from kvstore.lease import Lease
 from router.computing import Chain, Computing, Heads
 from router.crowd import Crowd
-from router.lines import joined
+from router.lines import NOBODY_WAITS, Line, joined
 from router.link_messages import AdmissionReport, PullOrder, WorkerLoad
 from router.peers import FRESH_S, PeerLoads, marks
 from router.placement import Placement
@@ -247,19 +247,21 @@ class Member:
         others = self._peers.at(self.id, self.lease.epoch)
         waiting = self.num_waiting + others.waiting
         started = self._num_started + others.in_flight - others.waiting
+        running = max(started, self._reported.running(number, load) - waiting)
         return Standing(
             queue=self._queue(load),
             prefill_tokens_per_s=load.prefill_tokens_per_s,
-            step_s=load.step_ms / 1e3 if in_flight else 0.0,
+            # Where prompts alone are computed the running step is a part of the queue, and not to be counted twice.
+            step_s=load.step_ms / 1e3 if running > 0 else 0.0,
             slot_wait_s=self._slot_wait_s(in_flight),
-            running=max(started, self._reported.running(number, load) - waiting),
+            running=running,
             own_in_flight=self.num_open,
             in_flight=in_flight,
             free_tokens=max(0, load.free_blocks * self.lease.block_size - self._reported.promised_tokens(number)),
             load_share=self.load_share.value,
             confidence=self.confidence.value,
             excluded=self._exclusion(in_flight),
-            line=joined(self.crowd.line, others.line) if others.line else self.crowd.line,
+            line=self._line(load, in_flight, others.line),
         )
 
     def refusal(self, ask: Ask, standing: str) -> str:
@@ -363,6 +365,12 @@ class Member:
             first, since = oldest.placement.uncached_tokens, max(oldest.placed_at, self._started_at)
         others = self._peers.at(self.id, self.lease.epoch).queued_tokens
         return Queue(self._reported.queued_tokens(self.link.num_loads, load), self._queued_tokens, first, since, others)
+
+    def _line(self, load: WorkerLoad, in_flight: int, others: Line) -> Line:
+        """Who waits there for a place; nobody while it takes all that come, one after the other."""
+        if not load.waiting and in_flight <= self.lease.max_sequences:
+            return NOBODY_WAITS
+        return joined(self.crowd.line, others) if others else self.crowd.line
 
     def _slot_wait_s(self, in_flight: int) -> float:
         slots = self.lease.max_sequences

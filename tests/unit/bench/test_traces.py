@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from bench.traces import SCENARIOS, Scenario, generate, main, read_scenario
+from bench.traces import Scenario, generate, main, read_scenario, scenarios
 from pando.errors import ConfigError
 
 PLAIN = Scenario(requests=60, sessions_per_s=2.0, block_size=16, mean_turn=40, mean_answer=20)
 
 
-@pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", scenarios(), ids=lambda path: path.stem)
 def test_every_scenario_makes_a_trace(path: Path) -> None:
     scenario = replace(read_scenario(path.stem), requests=50)
     rows = list(generate(scenario))

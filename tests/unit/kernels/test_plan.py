@@ -6,20 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-import kernels
-from kernels.plan import LARGEST_GATHER
+from kernels.plan import LARGEST_GATHER, AttentionPlan, plan_attention
 
 CACHE = torch.empty(4096, 2, 2, 2, 16, 32)  # a head row has 512 elements
 
 
-def plan(query_lens: list[int], context_lens: list[int], window: int | None = None) -> kernels.AttentionPlan:
+def plan(query_lens: list[int], context_lens: list[int], window: int | None = None) -> AttentionPlan:
     widths = [-(-length // 16) for length in context_lens]
     tables = np.zeros((len(widths), max(widths)), dtype=np.int64)
     first = 0
     for row, width in enumerate(widths):
         tables[row, :width] = range(first, first + width)
         first += width
-    return kernels.plan_attention(CACHE, query_lens, context_lens, tables, num_heads=4, windows=[window])
+    return plan_attention(CACHE, query_lens, context_lens, tables, num_heads=4, windows=[window])
 
 
 def test_equal_lengths_are_one_group_addressed_by_slice() -> None:
@@ -69,19 +68,19 @@ def test_blocks_before_the_window_are_not_gathered() -> None:
 
 def test_windows_of_several_layers_share_one_plan() -> None:
     tables = np.arange(8, dtype=np.int64)[None]
-    made = kernels.plan_attention(CACHE, [1], [100], tables, num_heads=4, windows=[None, 20, None, 20])
+    made = plan_attention(CACHE, [1], [100], tables, num_heads=4, windows=[None, 20, None, 20])
     assert set(made.work) == {None, 20}
 
 
 @pytest.mark.parametrize(("query_lens", "context_lens"), [([0], [5]), ([6], [5]), ([1], [33])])
 def test_impossible_lengths_are_refused(query_lens: list[int], context_lens: list[int]) -> None:
     with pytest.raises(ValueError):
-        kernels.plan_attention(CACHE, query_lens, context_lens, np.zeros((1, 2), dtype=np.int64), num_heads=4)
+        plan_attention(CACHE, query_lens, context_lens, np.zeros((1, 2), dtype=np.int64), num_heads=4)
 
 
 def test_sinks_are_planned_for_sequences_past_the_window_only() -> None:
     tables = np.arange(3 * 64, dtype=np.int64).reshape(3, 64)
-    made = kernels.plan_attention(CACHE, [1, 1, 8], [1000, 32, 36], tables, num_heads=4, windows=[32], sinks={32: 20})
+    made = plan_attention(CACHE, [1, 1, 8], [1000, 32, 36], tables, num_heads=4, windows=[32], sinks={32: 20})
     assert [group.gather.num_rows for group in made.work[32].decode] == [1]
     assert not made.work[32].prefill
     work = made.sink_work[32]
@@ -93,14 +92,14 @@ def test_sinks_are_planned_for_sequences_past_the_window_only() -> None:
 
 def test_without_a_longer_sequence_sinks_cost_nothing() -> None:
     tables = np.arange(64, dtype=np.int64)[None]
-    assert kernels.plan_attention(CACHE, [1], [32], tables, num_heads=4, windows=[32], sinks={32: 4}).sink_work == {}
+    assert plan_attention(CACHE, [1], [32], tables, num_heads=4, windows=[32], sinks={32: 4}).sink_work == {}
 
 
 @pytest.mark.parametrize("hole", [0, 60, 62])
 def test_a_hole_where_it_is_read_or_written_is_refused(hole: int) -> None:
     tables = np.arange(64, dtype=np.int64)[None]
     tables[0, 1:60] = -1
-    kernels.plan_attention(CACHE, [1], [1000], tables, num_heads=4, windows=[32], sinks={32: 16})
+    plan_attention(CACHE, [1], [1000], tables, num_heads=4, windows=[32], sinks={32: 16})
     tables[0, hole] = -1
     with pytest.raises(ValueError, match="hole"):
-        kernels.plan_attention(CACHE, [1], [1000], tables, num_heads=4, windows=[32], sinks={32: 16})
+        plan_attention(CACHE, [1], [1000], tables, num_heads=4, windows=[32], sinks={32: 16})

@@ -344,9 +344,10 @@ async def test_a_report_made_while_a_request_ran_counts_it_no_longer_than_it_run
     worker, member = first.worker, stage.fleet._members[first.worker]
     # Said in the middle of its prefill, and nothing after: the next report is due in a tenth of a second.
     stage.link(worker).say_load(running=1, waiting=0, queued_tokens=100, step_ms=20.0, prefill_tokens_per_s=20_000.0)
-    assert (member.queued_tokens, member.in_flight(member.load), member.standing().step_s) == (100, 1, 0.02)
+    # The step that runs is the one that computes the prompt: a part of the queue.
+    assert (member.queued_tokens, member.in_flight(member.load), member.standing().step_s) == (100, 1, 0.0)
     first.started()
-    assert (member.queued_tokens, member.standing().running) == (0, 1)
+    assert (member.queued_tokens, member.standing().running, member.standing().step_s) == (0, 1, 0.02)
     first.release()
     standing = member.standing()
     assert (member.queued_tokens, standing.running, standing.in_flight, standing.step_s) == (0, 0, 0, 0.0)

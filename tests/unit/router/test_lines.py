@@ -33,6 +33,13 @@ def terms(stage: Any, owner: ScopeRoot, **fields: Any) -> dict[str, Terms]:
     return {row.worker: row for row in placement.terms}
 
 
+def full(stage: Any, *workers: str) -> None:
+    """These workers have no place for more, and somebody waits for one."""
+    stage.add(*workers)
+    for worker in workers:
+        stage.link(worker).say_load(waiting=1, prefill_tokens_per_s=20_000.0)
+
+
 def test_what_is_ahead_scales_the_waits_alone() -> None:
     whole = Candidate(WorkerId("w"), 0, 5000, 10_000.0, 0.2, 3.0, arrivals_per_s=0.5, utilization=0.5)
     prompt = Prompt(1000, 16, b"key")
@@ -52,7 +59,7 @@ async def test_who_waits_alone_has_all_of_the_queue_ahead(stage: Any) -> None:
 
 @pytest.mark.asyncio
 async def test_what_others_have_over_their_part_is_not_ahead(stage: Any) -> None:
-    stage.add("a")
+    full(stage, "a")
     stage.fleet.peers.take([{"a": sent(heavy=1_000_000, light=10_000)}])
     # Each token of the light one's goes with four of the heavy one's; the request itself is among them.
     assert terms(stage, LIGHT)["a"].queue_s == pytest.approx(5 * 10_000 / 20_000, rel=0.02)
@@ -60,8 +67,15 @@ async def test_what_others_have_over_their_part_is_not_ahead(stage: Any) -> None
 
 
 @pytest.mark.asyncio
+async def test_where_there_is_room_for_all_who_come_first_is_served_first(stage: Any) -> None:
+    stage.add("a")
+    stage.fleet.peers.take([{"a": sent(heavy=1_000_000, light=10_000)}])
+    assert terms(stage, LIGHT)["a"].queue_s == pytest.approx(1_010_000 / 20_000)
+
+
+@pytest.mark.asyncio
 async def test_a_tenant_goes_to_the_worker_where_it_has_little_waiting(stage: Any) -> None:
-    stage.add("a", "b")
+    full(stage, "a", "b")
     stage.fleet.peers.take([{"a": sent(heavy=1000, light=4000), "b": sent(heavy=6000)}])
     for _ in range(3):
         assert stage.reserve(owner=LIGHT, weight=1).worker == "b"
@@ -89,7 +103,7 @@ async def test_the_routers_own_requests_count_until_they_begin(stage: Any) -> No
 
 @pytest.mark.asyncio
 async def test_a_flood_of_one_tenant_does_not_refuse_another_for_its_time(stage: Any) -> None:
-    stage.add("a")
+    full(stage, "a")
     stage.fleet.peers.take([{"a": sent(heavy=1_000_000)}])
     prompt = Prompt(100, 16, b"key", ttft_s=1.0)
     assert stage.fleet.explain(replace(stage.ask(owner=LIGHT), prompt=prompt)).worker == "a"
