@@ -243,7 +243,12 @@ def test_nan_in_freed_blocks_of_a_model_reaches_no_token(world: MakeWorld, folde
         runner.close()
         return answers
 
-    assert play(float("nan")) == play(0.0)
+    poisoned, clean = play(float("nan")), play(0.0)
+    assert [finish for _, finish in poisoned] == [finish for _, finish in clean]
+    for (found, finish), (expected, _) in zip(poisoned, clean, strict=True):
+        # How far a cancelled one came depends on when the tier's thread was done.
+        count = min(len(found), len(expected)) if finish == Finish.CANCELLED else len(expected)
+        assert found[:count] == expected[:count] and (finish == Finish.CANCELLED or len(found) == count)
 
 
 def test_a_purge_leaves_zeros_in_the_memory_of_a_models_cpu_tier(world: MakeWorld, folder: Path) -> None:
