@@ -108,10 +108,12 @@ class ModelRunner:
     def execute(self, batch: Batch) -> list[int]:
         """Run the step; one token id for each sequence that has `sampling`, in batch order."""
         inputs = self._inputs(batch)
-        draws, rows = _draws(batch, inputs)
-        hidden = self._hidden(batch, inputs, rows)
+        draws, wanted = _draws(batch)
+        hidden = self._hidden(batch, inputs, np.unique(wanted))
         if not draws:
             return []
+        if len(hidden) < len(draws):  # forks draw from one row
+            hidden = hidden.index_select(0, self._tensor(np.unique(wanted, return_inverse=True)[1]))
         return sampler.choose(self.decoder.logits(hidden), draws)
 
     @torch.inference_mode()
@@ -143,27 +145,40 @@ class ModelRunner:
             raise RuntimeError("the runner is closed")
         return self._decoder
 
-    def _hidden(self, batch: Batch, inputs: _Inputs, rows: Ints | None) -> torch.Tensor:
+    def _hidden(self, batch: Batch, inputs: _Inputs, wanted: Ints | None) -> torch.Tensor:
+        """After the last token of each of the `wanted` sequences, by their number in the batch, or after all tokens."""
         cache = self.cache
         if self.mover is not None:
             self.mover.before_writes(_written(batch, self.spec.block_size))
         for copies in _independent(batch.copies):
             self._copy(cache, copies)
-        plan = kernels.plan_attention(
-            cache.whole,
-            inputs.query_lens,
-            inputs.context_lens,
-            inputs.block_tables,
+        plan = self._plan(inputs.query_lens, inputs.context_lens, inputs.block_tables)
+        rows = None if wanted is None else inputs.query_ends[wanted] - 1
+        whole = rows is None or len(rows) == len(inputs.token_ids)
+        last = None
+        if rows is not None and wanted is not None and not whole and self._device.type == "cpu":
+            last = kernels.LastRows(self._tensor(rows), self._plan_last(inputs, wanted))
+        ids, positions = self._tensor(inputs.token_ids), self._tensor(inputs.positions)
+        hidden = self.decoder.hidden(ids, positions, cache.layers, plan, last)
+        if rows is None or whole or last is not None:
+            return hidden
+        return hidden.index_select(0, self._tensor(rows))
+
+    def _plan_last(self, inputs: _Inputs, wanted: Ints) -> kernels.AttentionPlan | None:
+        """Of the last token alone of these sequences, which is all that the last layer has to attend for."""
+        if not len(wanted):
+            return None
+        return self._plan(np.ones_like(wanted), inputs.context_lens[wanted], inputs.block_tables[wanted])
+
+    def _plan(self, query_lens: Ints, context_lens: Ints, block_tables: Ints) -> kernels.AttentionPlan:
+        return kernels.plan_attention(
+            self.cache.whole,
+            query_lens,
+            context_lens,
+            block_tables,
             num_heads=self.decoder.config.num_heads,
             windows=self._windows,
             sinks=self._sinks,
-        )
-        return self.decoder.hidden(
-            self._tensor(inputs.token_ids),
-            self._tensor(inputs.positions),
-            cache.layers,
-            plan,
-            None if rows is None else self._tensor(rows),
         )
 
     def _copy(self, cache: kv_cache.KVCache, copies: Sequence[BlockCopy]) -> None:
@@ -218,16 +233,16 @@ class _Inputs:
     block_tables: Ints  # [num_seqs, max_blocks]
 
 
-def _draws(batch: Batch, inputs: _Inputs) -> tuple[list[Draw], Ints]:
-    """What to sample, and after which of the packed tokens."""
+def _draws(batch: Batch) -> tuple[list[Draw], Ints]:
+    """What to sample, and after which of the sequences, by their number in the batch."""
     draws: list[Draw] = []
-    rows: list[int] = []
-    for sequence, end in zip(batch.sequences, inputs.query_ends.tolist(), strict=True):
+    wanted: list[int] = []
+    for index, sequence in enumerate(batch.sequences):
         position = sequence.start + len(sequence.token_ids)
         for sampling in sequence.draws:
             draws.append(Draw(sampling, position, sequence.banned_token_ids))
-            rows.append(end - 1)
-    return draws, np.array(rows, dtype=np.int64)
+            wanted.append(index)
+    return draws, np.array(wanted, dtype=np.int64)
 
 
 def _written(batch: Batch, block_size: int) -> Iterator[int]:
