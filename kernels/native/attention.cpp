@@ -2,8 +2,8 @@
 //
 // Sequences whose tables begin with the same blocks go through these together, so that what they share is read once;
 // each row is still summed alone, piece by piece from the first position on, so nothing of it depends on the others.
+#include <atomic>
 #include <cmath>
-#include <cstdlib>
 
 #include "ops.h"
 
@@ -68,7 +68,7 @@ INLINE void take_keys(const float *const *from, int64_t key, int64_t some, int64
 }
 
 // One value of a piece to its row; of bf16, beside the other of its pair, which is 0 until it comes.
-INLINE void take_value(const float *value, int64_t key, int64_t begin, int64_t dim, float *values) {
+INLINE void take_value(const float *value, int64_t key, int64_t, int64_t dim, float *values) {
     for (int64_t d = 0; d < dim; d += PANEL)
         memcpy(values + d * KEYS + key * PANEL, value + d, (dim - d < PANEL ? dim - d : PANEL) * sizeof(float));
 }
@@ -266,30 +266,30 @@ INLINE float *part(float **from, int64_t count) {
     return here;
 }
 
-float *attention_room(int64_t most_rows, const Shape &of) {
-    const int64_t rows = most_rows * (of.num_heads / of.num_kv_heads), width = padded(of.head_dim);
-    const int64_t size = rows * (of.head_dim + KEYS + width + 3) + KEYS * (of.head_dim + width) + 8 * 16;
-    float *room = (float *)aligned_alloc(64, (size * sizeof(float) + 63) / 64 * 64);
-    if (room) memset(room, 0, size * sizeof(float));  // what pads the values is multiplied, and must be numbers
-    return room;
-}
-
 template <class T>
-void attention(const float *query, int64_t q_stride, const T *cache, const Teams &teams, const Shape &of, float *memory,
-               T *out) {
+bool attention(const float *query, int64_t q_stride, const T *cache, const Teams &teams, const Shape &of, T *out,
+               int64_t threads) {
     const int64_t rows = teams.most_rows * (of.num_heads / of.num_kv_heads), width = padded(of.head_dim);
-    const Room room{part(&memory, rows * of.head_dim), part(&memory, KEYS * of.head_dim),
-                    part(&memory, KEYS * width),       part(&memory, rows * KEYS),
-                    part(&memory, rows * width),       part(&memory, rows),
-                    part(&memory, rows),               part(&memory, rows)};
-#pragma omp for collapse(2) schedule(dynamic)
-    for (int64_t head = 0; head < of.num_kv_heads; head++)
-        for (int64_t team = 0; team < teams.num_teams; team++)
-            attend<T>({query, q_stride, cache, teams, teams.members + teams.teams[team], head, of, room},
-                      teams.teams[team + 1] - teams.teams[team], out);
+    const int64_t size = rows * (of.head_dim + KEYS + width + 3) + KEYS * (of.head_dim + width) + 8 * 16;
+    std::atomic<bool> failed{false};
+    parts(of.num_kv_heads * teams.num_teams, threads, [&](int64_t index) {
+        float *memory = scratch(size);  // what pads the values is multiplied, and is a number from the start
+        if (!memory) {
+            failed = true;
+            return;
+        }
+        const Room room{part(&memory, rows * of.head_dim), part(&memory, KEYS * of.head_dim),
+                        part(&memory, KEYS * width),       part(&memory, rows * KEYS),
+                        part(&memory, rows * width),       part(&memory, rows),
+                        part(&memory, rows),               part(&memory, rows)};
+        const int64_t team = index % teams.num_teams, head = index / teams.num_teams;
+        attend<T>({query, q_stride, cache, teams, teams.members + teams.teams[team], head, of, room},
+                  teams.teams[team + 1] - teams.teams[team], out);
+    });
+    return !failed;
 }
 
-template void attention<float>(const float *, int64_t, const float *, const Teams &, const Shape &, float *, float *);
+template bool attention<float>(const float *, int64_t, const float *, const Teams &, const Shape &, float *, int64_t);
 #if HAS_BF16
-template void attention<bf16>(const float *, int64_t, const bf16 *, const Teams &, const Shape &, float *, bf16 *);
+template bool attention<bf16>(const float *, int64_t, const bf16 *, const Teams &, const Shape &, bf16 *, int64_t);
 #endif

@@ -13,13 +13,13 @@ INLINE int64_t head_width(const Shape &of) { return (of.num_heads + 2 * of.num_k
 
 // Rows `last` of `from[rows, width]`, `count` first numbers of each.
 INLINE void gather(const float *from, int64_t width, const int64_t *last, int64_t num_last, int64_t count, float *into) {
-#pragma omp for schedule(static)
     for (int64_t row = 0; row < num_last; row++)
         memcpy(into + row * count, from + last[row] * width, count * sizeof(float));
 }
 
 template <class T>
-static void run(const Stack &stack, const Tokens &tokens, T *const *caches, const Between<T> &by, float *room, T *out) {
+static bool run(const Stack &stack, const Tokens &tokens, T *const *caches, const Between<T> &by, T *out,
+                int64_t threads) {
     Shape shape = stack.shape;
     const int64_t hidden = stack.hidden_size, width = head_width(shape), queries = shape.num_heads * shape.head_dim;
     const int64_t words = hidden / PER_WORD<T>;
@@ -29,24 +29,25 @@ static void run(const Stack &stack, const Tokens &tokens, T *const *caches, cons
     for (int64_t index = 0; index < stack.num_layers; index++) {
         const Layer &layer = stack.layers[index];
         shape.window = layer.window;
-        norm<T>(nullptr, residual, layer.attention_norm, by.normed, rows, hidden, stack.norm_eps);
-        linear<T>((const float *)by.normed, words, layer.qkv, heads, rows);
+        norm<T>(nullptr, residual, layer.attention_norm, by.normed, rows, hidden, stack.norm_eps, threads);
+        linear<T>((const float *)by.normed, words, layer.qkv, heads, rows, threads);
         rotary_write<T>(heads, tokens.cos, tokens.sin, layer.qk_norm, stack.norm_eps, caches[index], tokens.slots, rows,
-                        shape);
+                        shape, threads);
         if (tokens.last && index == stack.num_layers - 1) {
-            if (!tokens.num_last) return;
+            if (!tokens.num_last) return true;
             gather(residual, hidden, tokens.last, tokens.num_last, hidden, by.last_residual);
             gather(heads, width, tokens.last, tokens.num_last, queries, by.last_heads);
             residual = by.last_residual, heads = by.last_heads, q_stride = queries;
             rows = tokens.num_last, teams = &tokens.last_teams;
         }
-        attention<T>(heads, q_stride, caches[index], *teams, shape, room, by.mixed);
-        add_linear<T>((const float *)by.mixed, queries / PER_WORD<T>, layer.output, residual, rows);
-        norm<T>(nullptr, residual, layer.mlp_norm, by.normed, rows, hidden, stack.norm_eps);
-        gated_linear<T>((const float *)by.normed, words, layer.gate_up, by.gated, rows);
-        add_linear<T>((const float *)by.gated, stack.intermediate_size / PER_WORD<T>, layer.down, residual, rows);
+        if (!attention<T>(heads, q_stride, caches[index], *teams, shape, by.mixed, threads)) return false;
+        add_linear<T>((const float *)by.mixed, queries / PER_WORD<T>, layer.output, residual, rows, threads);
+        norm<T>(nullptr, residual, layer.mlp_norm, by.normed, rows, hidden, stack.norm_eps, threads);
+        gated_linear<T>((const float *)by.normed, words, layer.gate_up, by.gated, rows, threads);
+        add_linear<T>((const float *)by.gated, stack.intermediate_size / PER_WORD<T>, layer.down, residual, rows, threads);
     }
-    norm<T>(nullptr, residual, stack.norm, out, rows, hidden, stack.norm_eps);
+    norm<T>(nullptr, residual, stack.norm, out, rows, hidden, stack.norm_eps, threads);
+    return true;
 }
 
 template <class T>
@@ -57,11 +58,9 @@ INLINE T *part(char **rest, int64_t count) {
 }
 
 template <class T>
-static int in_team(const Stack &stack, const Tokens &tokens, T *const *caches, T *out, int64_t threads) {
+static int layers(const Stack &stack, const Tokens &tokens, T *const *caches, T *out, int64_t threads) {
     const Shape &shape = stack.shape;
     const int64_t rows = tokens.rows, last = tokens.last ? tokens.num_last : 0, width = head_width(shape);
-    const int64_t most = tokens.teams.most_rows > tokens.last_teams.most_rows ? tokens.teams.most_rows
-                                                                             : tokens.last_teams.most_rows;
     const int64_t numbers = rows * (width + stack.hidden_size + width + stack.intermediate_size) +
                             last * (width + stack.hidden_size) + 6 * 16;
     char *memory = (char *)aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64), *rest = memory;
@@ -73,27 +72,16 @@ static int in_team(const Stack &stack, const Tokens &tokens, T *const *caches, T
     by.normed = part<T>(&rest, rows * stack.hidden_size);
     by.mixed = part<T>(&rest, rows * width);
     by.gated = part<T>(&rest, rows * stack.intermediate_size);
-    int failed = 0;
-#pragma omp parallel num_threads(threads)
-    {
-        float *room = attention_room(most, shape);
-        if (!room) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp barrier
-        if (!failed) run<T>(stack, tokens, caches, by, room, out);
-        free(room);
-    }
+    const bool done = run<T>(stack, tokens, caches, by, out, threads);
     free(memory);
-    return failed;
+    return done ? 0 : 1;
 }
 
 // Returns 0, or 1 where there is no memory. `caches` are the layers' first elements; `out[rows or num_last, hidden]`.
 extern "C" int pando_layers(const Stack *stack, const Tokens *tokens, void *const *caches, void *out, int64_t threads,
                             int64_t half) {
 #if HAS_BF16
-    if (half) return in_team<bf16>(*stack, *tokens, (bf16 *const *)caches, (bf16 *)out, threads);
+    if (half) return layers<bf16>(*stack, *tokens, (bf16 *const *)caches, (bf16 *)out, threads);
 #endif
-    return in_team<float>(*stack, *tokens, (float *const *)caches, (float *)out, threads);
+    return layers<float>(*stack, *tokens, (float *const *)caches, (float *)out, threads);
 }

@@ -6,25 +6,23 @@ static const int64_t ROWS_AT_ONCE = 96;
 
 // `finish(first row, rows, panel, sums[rows][PANEL])` for every part of the product.
 template <class T, class Finish>
-INLINE void product(const float *x, int64_t x_stride, const Packed &weight, int64_t rows, Finish finish) {
+INLINE void product(const float *x, int64_t x_stride, const Packed &weight, int64_t rows, int64_t threads,
+                    Finish finish) {
     const int64_t num_panels = (weight.columns + PANEL - 1) / PANEL;
     const int64_t groups = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-#pragma omp for collapse(2) schedule(dynamic)
-    for (int64_t group = 0; group < groups; group++) {
-        for (int64_t panel = 0; panel < num_panels; panel++) {
-            const int64_t first = group * ROWS_AT_ONCE;
-            const int64_t some = rows - first < ROWS_AT_ONCE ? rows - first : ROWS_AT_ONCE;
-            float sums[ROWS_AT_ONCE * PANEL];
-            tiles<T, true>(some, x + first * x_stride, x_stride, weight.panels + panel * weight.depth * PANEL,
-                           weight.depth, sums, PANEL, nullptr);
-            finish(first, some, panel, sums);
-        }
-    }
+    parts(groups * num_panels, threads, [&](int64_t index) {
+        const int64_t first = index / num_panels * ROWS_AT_ONCE, panel = index % num_panels;
+        const int64_t some = rows - first < ROWS_AT_ONCE ? rows - first : ROWS_AT_ONCE;
+        float sums[ROWS_AT_ONCE * PANEL];
+        tiles<T, true>(some, x + first * x_stride, x_stride, weight.panels + panel * weight.depth * PANEL, weight.depth,
+                       sums, PANEL, nullptr);
+        finish(first, some, panel, sums);
+    });
 }
 
 template <class T, bool ADD>
-INLINE void linear_to(const float *x, int64_t x_stride, const Packed &weight, float *out, int64_t rows) {
-    product<T>(x, x_stride, weight, rows, [&](int64_t first, int64_t some, int64_t panel, const float *sums) {
+INLINE void linear_to(const float *x, int64_t x_stride, const Packed &weight, float *out, int64_t rows, int64_t threads) {
+    product<T>(x, x_stride, weight, rows, threads, [&](int64_t first, int64_t some, int64_t panel, const float *sums) {
         const int64_t column = panel * PANEL, left = weight.columns - column, width = left < PANEL ? left : PANEL;
         for (int64_t row = 0; row < some; row++) {
             float *into = out + (first + row) * weight.columns + column;
@@ -37,21 +35,21 @@ INLINE void linear_to(const float *x, int64_t x_stride, const Packed &weight, fl
 }
 
 template <class T>
-void linear(const float *x, int64_t x_stride, const Packed &weight, float *out, int64_t rows) {
-    linear_to<T, false>(x, x_stride, weight, out, rows);
+void linear(const float *x, int64_t x_stride, const Packed &weight, float *out, int64_t rows, int64_t threads) {
+    linear_to<T, false>(x, x_stride, weight, out, rows, threads);
 }
 
 template <class T>
-void add_linear(const float *x, int64_t x_stride, const Packed &weight, float *out, int64_t rows) {
-    linear_to<T, true>(x, x_stride, weight, out, rows);
+void add_linear(const float *x, int64_t x_stride, const Packed &weight, float *out, int64_t rows, int64_t threads) {
+    linear_to<T, true>(x, x_stride, weight, out, rows, threads);
 }
 
 template <class T>
-void gated_linear(const float *x, int64_t x_stride, const Packed &weight, T *out, int64_t rows) {
+void gated_linear(const float *x, int64_t x_stride, const Packed &weight, T *out, int64_t rows, int64_t threads) {
     const int64_t columns = weight.columns / 2;
     // Panels are counted by their gates and ups together.
     const Packed padded{weight.panels, nullptr, (columns + LANES - 1) / LANES * PANEL, weight.depth};
-    product<T>(x, x_stride, padded, rows, [&](int64_t first, int64_t some, int64_t panel, const float *sums) {
+    product<T>(x, x_stride, padded, rows, threads, [&](int64_t first, int64_t some, int64_t panel, const float *sums) {
         const int64_t column = panel * LANES, left = columns - column, width = left < LANES ? left : LANES;
         vec gate_bias{}, up_bias{};
         for (int64_t c = 0; weight.bias && c < width; c++) {
@@ -71,10 +69,10 @@ void gated_linear(const float *x, int64_t x_stride, const Packed &weight, T *out
     });
 }
 
-#define FOR(T)                                                                                  \
-    template void linear<T>(const float *, int64_t, const Packed &, float *, int64_t);          \
-    template void add_linear<T>(const float *, int64_t, const Packed &, float *, int64_t);      \
-    template void gated_linear<T>(const float *, int64_t, const Packed &, T *, int64_t);
+#define FOR(T)                                                                                     \
+    template void linear<T>(const float *, int64_t, const Packed &, float *, int64_t, int64_t);     \
+    template void add_linear<T>(const float *, int64_t, const Packed &, float *, int64_t, int64_t); \
+    template void gated_linear<T>(const float *, int64_t, const Packed &, T *, int64_t, int64_t);
 FOR(float)
 #if HAS_BF16
 FOR(bf16)

@@ -3,6 +3,17 @@
 
 #include "ops.h"
 
+static const int64_t AT_ONCE = 32;  // tokens that make a part worth handing out
+
+// `each(token)` of all tokens.
+template <class Each>
+INLINE void tokens(int64_t rows, int64_t threads, Each each) {
+    parts((rows + AT_ONCE - 1) / AT_ONCE, threads, [&](int64_t index) {
+        const int64_t first = index * AT_ONCE, end = first + AT_ONCE < rows ? first + AT_ONCE : rows;
+        for (int64_t row = first; row < end; row++) each(row);
+    });
+}
+
 INLINE float inverse_root_mean_square(const float *x, int64_t width, float eps) {
     vec squares{};
     float rest = 0;
@@ -13,9 +24,9 @@ INLINE float inverse_root_mean_square(const float *x, int64_t width, float eps) 
 }
 
 template <class T>
-void norm(const float *x, float *residual, const float *weight, T *out, int64_t rows, int64_t width, float eps) {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
+void norm(const float *x, float *residual, const float *weight, T *out, int64_t rows, int64_t width, float eps,
+          int64_t threads) {
+    tokens(rows, threads, [&](int64_t row) {
         float *here = residual + row * width;
         T *into = out + row * width;
         if (x)
@@ -24,15 +35,14 @@ void norm(const float *x, float *residual, const float *weight, T *out, int64_t 
         int64_t c = 0;
         for (; c + LANES <= width; c += LANES) store(into + c, load(here + c) * by * load(weight + c));
         for (; c < width; c++) put(into + c, here[c] * by * weight[c]);
-    }
+    });
 }
 
 template <class T>
 void rotary_write(float *heads, const float *cos, const float *sin, const float *norms, float eps, T *cache,
-                  const int64_t *slots, int64_t rows, const Shape &of) {
+                  const int64_t *slots, int64_t rows, const Shape &of, int64_t threads) {
     const int64_t queries = of.num_heads, keys = of.num_kv_heads, dim = of.head_dim, half = dim / 2;
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
+    tokens(rows, threads, [&](int64_t row) {
         const float *c = cos + row * dim, *s = sin + row * dim;
         T *slot = cache + slots[row] / of.block_size * of.block_stride + slots[row] % of.block_size * dim;
         for (int64_t head = 0; head < queries + 2 * keys; head++) {
@@ -52,13 +62,13 @@ void rotary_write(float *heads, const float *cos, const float *sin, const float 
             if (head >= queries)
                 for (int64_t d = 0; d < dim; d++) put(into + d, from[d]);
         }
-    }
+    });
 }
 
-#define FOR(T)                                                                                            \
-    template void norm<T>(const float *, float *, const float *, T *, int64_t, int64_t, float);           \
-    template void rotary_write<T>(float *, const float *, const float *, const float *, float, T *,       \
-                                  const int64_t *, int64_t, const Shape &);
+#define FOR(T)                                                                                               \
+    template void norm<T>(const float *, float *, const float *, T *, int64_t, int64_t, float, int64_t);     \
+    template void rotary_write<T>(float *, const float *, const float *, const float *, float, T *,          \
+                                  const int64_t *, int64_t, const Shape &, int64_t);
 FOR(float)
 #if HAS_BF16
 FOR(bf16)
