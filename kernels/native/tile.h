@@ -44,9 +44,13 @@ INLINE void store(float *to, vec value) { memcpy(to, &value, sizeof value); }
 
 // The bits of `value` in all lanes, whatever they mean.
 INLINE vec splat(float value) {
-    vec all;
-    for (int lane = 0; lane < LANES; lane++) all[lane] = value;
-    return all;
+#define FOUR value, value, value, value
+#if LANES == 16
+    return vec{FOUR, FOUR, FOUR, FOUR};
+#else
+    return vec{FOUR, FOUR};
+#endif
+#undef FOUR
 }
 
 INLINE float as_float(float value) { return value; }
