@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 from kernels import cpu, reference
 from kernels import plan as host_plan
+from kernels.cpu_calls import set_num_threads
 from kernels.cpu_layers import CpuStack, LayerWeights, stack_of
 from kernels.cpu_library import library
 from kernels.cpu_plan import CpuPlan
@@ -69,6 +70,7 @@ __all__ = [
     "rotary_write_kv",
     "run_layers",
     "sample",
+    "set_num_threads",
     "silu_mul",
     "sink_attention",
     "stack",

@@ -13,7 +13,7 @@ import torch
 
 from kernels import plan as host_plan
 from kernels import reference
-from kernels.cpu_calls import Shape, native
+from kernels.cpu_calls import Shape, native, num_threads
 from kernels.cpu_plan import CpuPlan, make_plan
 from kernels.cpu_weights import PackedWeight, can_pack
 from kernels.quantize import KV
@@ -79,7 +79,7 @@ def attention(
         ctypes.byref(plan.struct()),
         ctypes.byref(shape),
         out.data_ptr(),
-        torch.get_num_threads(),
+        num_threads(),
         layer_kv.dtype == torch.bfloat16,
     )
     if failed:
@@ -121,7 +121,7 @@ def rotary_write_kv(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, l
     shape = cache_shape(layer_kv, num_heads=heads.shape[1] - 2 * layer_kv.shape[2], scale=1.0)
     cos, sin = cos.contiguous(), sin.contiguous()
     angles = (cos.data_ptr(), sin.data_ptr())
-    rest = (plan.slots.data_ptr(), len(heads), ctypes.byref(shape), torch.get_num_threads())
+    rest = (plan.slots.data_ptr(), len(heads), ctypes.byref(shape), num_threads())
     native().pando_rotary_write(heads.data_ptr(), *angles, layer_kv.data_ptr(), *rest)
     return None
 
@@ -157,5 +157,5 @@ def _norm(x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, 
     pointer = None if x is None else x.data_ptr()
     rows, width = residual.shape
     pointers = (pointer, residual.data_ptr(), weight.data_ptr(), out.data_ptr())
-    native().pando_norm(*pointers, rows, width, eps, torch.get_num_threads())
+    native().pando_norm(*pointers, rows, width, eps, num_threads())
     return out

@@ -1,6 +1,6 @@
 """The native library's functions and structures, as ctypes calls them: `native/face.cpp`, `layers.h` and `ops.h`.
 
-Knows pointers and sizes. Invariant: the fields here are those of the headers, in their order.
+Knows pointers, sizes and threads. Invariant: the fields here are those of the headers, in their order.
 """
 
 from __future__ import annotations
@@ -8,10 +8,27 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
+import torch
+
 from kernels.cpu_library import library
 
 Pointer = ctypes.c_void_p
 Count = ctypes.c_int64
+
+
+_threads = 0
+
+
+def num_threads() -> int:
+    """Threads of one native operation: what `set_num_threads` said last, before that torch's own number."""
+    return _threads or torch.get_num_threads()
+
+
+def set_num_threads(count: int) -> None:
+    """From now on, in this process; 0 for as many as torch has. Torch's own threads wait busily after each of its
+    operations and take the cores from these: a process whose work is native gives torch one."""
+    global _threads
+    _threads = count
 
 
 class Packed(ctypes.Structure):

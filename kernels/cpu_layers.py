@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.cpu import cache_shape
-from kernels.cpu_calls import Layer, Stack, Teams, Tokens, native
+from kernels.cpu_calls import Layer, Stack, Teams, Tokens, native, num_threads
 from kernels.cpu_plan import CpuPlan
 from kernels.cpu_weights import PackedWeight
 
@@ -85,7 +85,7 @@ class CpuStack:
         )
         caches = (ctypes.c_void_p * len(layers_kv))(*(kv.data_ptr() for kv in layers_kv))
         pointers = (ctypes.byref(stack), ctypes.byref(tokens), caches, out.data_ptr())
-        if native().pando_layers(*pointers, torch.get_num_threads(), self._dtype == torch.bfloat16):
+        if native().pando_layers(*pointers, num_threads(), self._dtype == torch.bfloat16):
             raise MemoryError("no memory for a step")
         return out
 

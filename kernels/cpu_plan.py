@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from kernels import plan as host_plan
-from kernels.cpu_calls import Teams
+from kernels.cpu_calls import Teams, num_threads
 from kernels.step import Ints, Step
 
 # Query rows (tokens times heads of a group) that one piece of a prompt has, and the most of a team's.
@@ -64,7 +64,7 @@ def make_plan(step: Step, windows: Sequence[int | None], *, num_heads: int) -> C
 def _fair_share(step: Step, most: int) -> int:
     """How many sequences a team may have so that no thread is without one."""
     decoding = int((step.query_lens == 1).sum())
-    return min(most, -(-decoding * step.num_kv_heads // torch.get_num_threads()))
+    return min(most, -(-decoding * step.num_kv_heads // num_threads()))
 
 
 def _prompt_pieces(step: Step, most: int) -> Ints:

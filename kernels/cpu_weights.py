@@ -9,7 +9,7 @@ import ctypes
 
 import torch
 
-from kernels.cpu_calls import Packed, native
+from kernels.cpu_calls import Packed, native, num_threads
 
 
 class PackedWeight:
@@ -54,7 +54,7 @@ class PackedWeight:
         else:
             out, call = torch.empty((len(x), self.outputs)), native().pando_linear
         struct = self._struct if bias is None else self.struct(bias)
-        call(x.data_ptr(), ctypes.byref(struct), out.data_ptr(), len(x), torch.get_num_threads(), half)
+        call(x.data_ptr(), ctypes.byref(struct), out.data_ptr(), len(x), num_threads(), half)
         return out if out.dtype == x.dtype else out.to(x.dtype)
 
 

@@ -53,11 +53,15 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
         raise ConfigError("--kv-dtype fp8 needs a device of compute capability 8.9 or later")
     folder = resolve_model(settings.model)
     config = _config(settings, folder)
+    threads = settings.threads or _worthwhile_threads(folder, available=_cores())
     if device.type == "cpu":
-        torch.set_num_threads(settings.threads or _worthwhile_threads(folder, available=_cores()))
+        torch.set_num_threads(threads)
     with torch.inference_mode(), Checkpoint(folder, device=device, dtype=dtype) as checkpoint:
         decoder = load_decoder(config, checkpoint)
     cache = _allocate(settings, config, dtype, device)
+    if decoder.stack is not None and isinstance(cache.whole, torch.Tensor):
+        kernels.set_num_threads(threads)
+        torch.set_num_threads(1)  # it has little to do, and its threads would take the cores
     spec = ModelSpec(
         name=Path(settings.model).name if Path(settings.model).is_dir() else settings.model,
         fingerprint=fingerprint(folder, config, _kv_name(settings, dtype)),
