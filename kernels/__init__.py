@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from kernels import cpu, reference
 from kernels import plan as host_plan
-from kernels.cpu_calls import set_num_threads
+from kernels.cpu_calls import num_threads, set_num_threads
 from kernels.cpu_layers import CpuStack, LayerWeights, stack_of
 from kernels.cpu_library import library
 from kernels.cpu_plan import CpuPlan
@@ -62,6 +62,7 @@ __all__ = [
     "head_rms_norm_",
     "linear",
     "merge_states",
+    "num_threads",
     "pack",
     "pack_gated",
     "plan_attention",
@@ -142,20 +143,21 @@ def stack(
 def run_layers(
     layers: CpuStack | None,
     embedded: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
     layers_kv: Sequence[KV],
     plan: AttentionPlan,
+    *,
     last: LastRows | None = None,
 ) -> torch.Tensor | None:
     """All layers over `embedded[num_tokens, hidden_size]` and the norm behind them, of all rows or of `last`: the same
-    shape, or `[n, hidden_size]`. The step's KV is written. None if this step must go operation by operation."""
+    shape, or `[n, hidden_size]`. `angles` are the cosine and sine of `rotary_`. The step's KV is written. None if this
+    step must go operation by operation."""
     if layers is None or not isinstance(plan, CpuPlan) or not layers.takes(layers_kv):
         return None
     if last is None:
-        return layers.run(embedded, cos, sin, layers_kv, plan, None)
+        return layers.run(embedded, angles, layers_kv, plan)
     assert last.plan is None or isinstance(last.plan, CpuPlan)
-    return layers.run(embedded, cos, sin, layers_kv, plan, (last.rows, last.plan))
+    return layers.run(embedded, angles, layers_kv, plan, last=(last.rows, last.plan))
 
 
 def plan_attention(

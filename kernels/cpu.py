@@ -66,8 +66,9 @@ def attention(
     query: torch.Tensor, layer_kv: KV, plan: Plan, *, scale: float, window: int | None = None
 ) -> torch.Tensor:
     """As `kernels.attention`."""
-    if not isinstance(plan, CpuPlan) or not isinstance(layer_kv, torch.Tensor):
+    if not isinstance(plan, CpuPlan):
         return reference.attention(query, layer_kv, plan, scale=scale, window=window)
+    assert isinstance(layer_kv, torch.Tensor)  # as every cache of such a plan
     query = query.float()
     query = query if query.stride()[1:] == (query.shape[2], 1) else query.contiguous()
     out = torch.empty(query.shape, dtype=layer_kv.dtype)
@@ -104,8 +105,9 @@ def sink_attention(
 
 def write_kv(key_value: torch.Tensor, layer_kv: KV, plan: Plan) -> None:
     """As `kernels.write_kv`."""
-    if not isinstance(plan, CpuPlan) or not isinstance(layer_kv, torch.Tensor):
+    if not isinstance(plan, CpuPlan):
         return reference.write_kv(key_value, layer_kv, plan)
+    assert isinstance(layer_kv, torch.Tensor)
     size = layer_kv.shape[3]
     block, offset = plan.slots // size, plan.slots % size
     layer_kv.flatten(1, 2)[block, :, offset] = key_value

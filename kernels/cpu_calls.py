@@ -16,19 +16,18 @@ Pointer = ctypes.c_void_p
 Count = ctypes.c_int64
 
 
-_threads = 0
+_chosen = {"threads": 0}
 
 
 def num_threads() -> int:
     """Threads of one native operation: what `set_num_threads` said last, before that torch's own number."""
-    return _threads or torch.get_num_threads()
+    return _chosen["threads"] or torch.get_num_threads()
 
 
 def set_num_threads(count: int) -> None:
     """From now on, in this process; 0 for as many as torch has. Torch's own threads wait busily after each of its
     operations and take the cores from these: a process whose work is native gives torch one."""
-    global _threads
-    _threads = count
+    _chosen["threads"] = count
 
 
 class Packed(ctypes.Structure):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 
@@ -16,6 +17,7 @@ from kernels.cpu import cache_shape
 from kernels.cpu_calls import Layer, Stack, Teams, Tokens, native, num_threads
 from kernels.cpu_plan import CpuPlan
 from kernels.cpu_weights import PackedWeight
+from kernels.quantize import KV
 
 Biased = tuple["PackedWeight | torch.Tensor", "torch.Tensor | None"]
 
@@ -49,22 +51,22 @@ class CpuStack:
         self._hidden_size, self._intermediate_size = down.outputs, down.inputs
         self._norm_eps = norm_eps
 
-    def takes(self, layers_kv: Sequence[object]) -> bool:
+    def takes(self, layers_kv: Sequence[KV]) -> TypeGuard[Sequence[torch.Tensor]]:
         """Whether the caches are such as native code reads and writes."""
         return all(isinstance(kv, torch.Tensor) and kv.dtype == self._dtype for kv in layers_kv)
 
     def run(
         self,
         embedded: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
         layers_kv: Sequence[torch.Tensor],
         plan: CpuPlan,
-        last: tuple[torch.Tensor, CpuPlan | None] | None,
+        *,
+        last: tuple[torch.Tensor, CpuPlan | None] | None = None,
     ) -> torch.Tensor:
         """As `kernels.run_layers`; `last` is the rows wanted and the plan of their queries alone."""
         residual = embedded.float() if embedded.dtype != torch.float32 else embedded.contiguous()
-        cos, sin = cos.float().contiguous(), sin.float().contiguous()
+        cos, sin = (angle.float().contiguous() for angle in angles)
         count = len(residual) if last is None else len(last[0])
         out = torch.empty((count, self._hidden_size), dtype=self._dtype)
         tokens = Tokens(len(residual), residual.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.slots.data_ptr())
@@ -106,7 +108,5 @@ def stack_of(
     """The layers as one, None where native code does not take all of their weights."""
     weights = [w for of in layers for w, _ in (of.qkv, of.output, of.gate_up, of.down)]
     if not layers or not all(isinstance(weight, PackedWeight) and weight.dtype == norm.dtype for weight in weights):
-        return None
-    if any(weight.inputs * norm.itemsize % 4 for weight in weights):
         return None
     return CpuStack(layers, norm, num_heads=num_heads, head_dim=head_dim, norm_eps=norm_eps)

@@ -22,9 +22,8 @@ class PackedWeight:
         self.dtype, self.gated = weight.dtype, gated
         width = int(native().pando_panel())
         words = weight.contiguous().view(torch.int32)
-        parts = (words,)
-        if gated:
-            parts, width = words.chunk(2), width // 2
+        parts = words.chunk(2 if gated else 1)
+        width //= len(parts)
         count = -(-len(parts[0]) // width)
         panels = torch.empty((count, words.shape[1], len(parts), width), dtype=torch.int32)
         native().pando_large_pages(panels.data_ptr(), panels.nbytes)
@@ -43,7 +42,8 @@ class PackedWeight:
         return Packed(self._panels.data_ptr(), pointer, self.outputs, self._panels.shape[1])
 
     def times(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`x[rows, inputs] @ weight.T + bias`, through the gates if `gated`: of x's dtype, which must be the weight's."""
+        """`x[rows, inputs] @ weight.T + bias`, through the gates if `gated`, of x's dtype. Raises ValueError if that is
+        another than the weight's."""
         if x.dtype != self.dtype:
             raise ValueError(f"{x.dtype} does not go with a weight of {self.dtype}")
         x = x.contiguous()

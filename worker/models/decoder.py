@@ -37,6 +37,7 @@ class DecoderLayer:
         angles: Angles,
         layer_kv: kernels.KV,
         plan: kernels.AttentionPlan,
+        *,
         last: kernels.LastRows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes the layer before's `update`, not yet added to `residual` (both [num_tokens, hidden_size]); returns its
@@ -91,7 +92,7 @@ class Decoder:
         embedded = F.embedding(token_ids, self.embedding)
         far = self.config.sink_reach if plan.sink_work else None
         angles = self.rotary(positions, farthest=far)
-        normed = kernels.run_layers(self.stack, embedded, angles.cos, angles.sin, layers_kv, plan, last)
+        normed = kernels.run_layers(self.stack, embedded, (angles.cos, angles.sin), layers_kv, plan, last=last)
         return self._layer_by_layer(embedded, angles, layers_kv, plan, last) if normed is None else normed
 
     def _layer_by_layer(
@@ -105,7 +106,7 @@ class Decoder:
         update: torch.Tensor | None = None
         for layer, layer_kv in zip(self.layers, layers_kv, strict=True):
             wanted = last if layer is self.layers[-1] else None
-            update, residual = layer(update, residual, angles, layer_kv, plan, wanted)
+            update, residual = layer(update, residual, angles, layer_kv, plan, last=wanted)
         assert update is not None
         normed, _ = kernels.add_rms_norm(update, residual, self.norm, self.config.norm_eps)
         return normed
