@@ -68,14 +68,20 @@ async def ask_one(system: System, ask: Ask, *, reuse: bool) -> Sample:
 
 
 async def ask_all(system: System, asks: Sequence[Ask], *, concurrency: int, reuse: bool) -> list[Sample]:
-    """All of them in order, so many open at once."""
+    """All of them in order, so many open at once; the first failure takes back those that are open."""
     free = asyncio.Semaphore(concurrency)
 
     async def one(ask: Ask) -> Sample:
         async with free:
             return await ask_one(system, ask, reuse=reuse)
 
-    return await asyncio.gather(*(one(ask) for ask in asks))
+    tasks = [asyncio.ensure_future(one(ask)) for ask in asks]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def workload_figures(samples: Sequence[Sample]) -> WorkloadFigures:
