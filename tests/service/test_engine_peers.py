@@ -1,14 +1,19 @@
-"""The comparison's HTTP client against servers of loopback that behave as some do."""
+"""The comparison: its HTTP client against servers that behave as some do, and all of it on a small model."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from bench.engine.__main__ import main
+from bench.engine.checkpoints import SHAPES, write_checkpoint
 from bench.engine.clients import OpenAISystem
 from bench.engine.drive import ask_all
+from bench.engine.report import COLUMNS
 from bench.engine.scenario import Ask
 
 ASK = Ask("tenant-0", (300, 301), 2)
@@ -87,3 +92,35 @@ def test_a_failure_takes_the_other_requests_back() -> None:
 
 def url_of(server: asyncio.Server) -> str:
     return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+@pytest.mark.timeout(180)
+def test_a_comparison_of_ours_and_a_local_peer(tmp_path: Path) -> None:
+    shape = replace(SHAPES["llama-40m"], hidden_size=32, layers=1, heads=4, kv_heads=2, head_dim=8,
+                    intermediate_size=48, vocab_size=320)  # fmt: skip
+    write_checkpoint(tmp_path / "model", shape, 0)
+    values = {
+        "tenants": 2,
+        "system_tokens": 32,
+        "requests": 4,
+        "unique_tokens": 8,
+        "output_tokens": 4,
+        "concurrency": 2,
+    }
+    (tmp_path / "one.toml").write_text("\n".join(f"{name} = {value}" for name, value in values.items()))
+    options = {
+        "--model": "model", "--scenario": "one.toml", "--logs": "logs", "--json": "found.json",
+        "--llama-server": "no-such-program",
+    }  # fmt: skip
+    paths = [part for name, value in options.items() for part in (name, str(tmp_path / value))]
+    words = ["--dtype", "bfloat16", "--rounds", "2", "--threads", "1", "--transformers"]
+    assert main(["workload", *words, *paths]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    local = ["transformers generate", "transformers continuous batching"]
+    assert found["failures"] == {} and set(found["absent"]) == {"vllm", "llama.cpp"}
+    assert [each["order"] for each in found["rounds"]] == [["pando", *local], [*local, "pando"]]
+    for each in found["rounds"]:
+        assert set(each["figures"]["pando"]) >= set(COLUMNS) | {"own_cores", "others_cores", "client_cores"}
+        assert each["machine"]["dtype"] == "bfloat16" and each["figures"]["pando"]["others_cores"] == 0.0
+    assert "| pando " in (tmp_path / "found.md").read_text()
+    assert (tmp_path / "logs" / "transformers.log").is_file()
