@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.engine import machine
 from bench.engine.__main__ import main
 from bench.engine.checkpoints import SHAPES, write_checkpoint
 from bench.engine.clients import OpenAISystem
@@ -95,7 +96,9 @@ def url_of(server: asyncio.Server) -> str:
 
 
 @pytest.mark.timeout(180)
-def test_a_comparison_of_ours_and_a_local_peer(tmp_path: Path) -> None:
+def test_a_comparison_of_ours_and_a_local_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "MATRIX", 64)
+    monkeypatch.setattr(machine, "READ_BYTES", 1 << 16)
     shape = replace(SHAPES["llama-40m"], hidden_size=32, layers=1, heads=4, kv_heads=2, head_dim=8,
                     intermediate_size=48, vocab_size=320)  # fmt: skip
     write_checkpoint(tmp_path / "model", shape, 0)
