@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(path: Path, figures: dict[str, Any]) -> None:
-    path.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+    _replace(path, json.dumps(figures, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """All at once: whoever is stopped meanwhile leaves the old one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, "utf-8")
+    partial.rename(path)
 
 
 def _make(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -93,23 +101,35 @@ def _workload(arguments: argparse.Namespace) -> dict[str, Any]:
     def on_round(results: Results) -> None:
         if arguments.json:
             _write(arguments.json, document(results, limits, about))
-            arguments.json.with_suffix(".md").write_text(text(results, limits, title), "utf-8")
+            _replace(arguments.json.with_suffix(".md"), text(results, limits, title))
+        else:
+            print(text(results, limits, title), flush=True)
 
     contest = Contest(scenario, config.vocab_size, arguments.rounds, lambda: _rates(settings), _say, on_round)
-    signal.signal(signal.SIGTERM, _stopped)
     logs = arguments.logs or Path(tempfile.mkdtemp(prefix="pando-bench-logs-"))
     peers = PeerOptions(
         dict(_named(one) for one in arguments.peer), arguments.vllm_python, arguments.vllm_preload,
         arguments.llama_server, arguments.transformers, logs,
     )  # fmt: skip
-    results = compare(serving_for(settings, scenario), settings, peers, contest)
-    print(text(results, limits, title))
+    with _ended_by_sigterm():
+        results = compare(serving_for(settings, scenario), settings, peers, contest)
+    if arguments.json:
+        print(text(results, limits, title))
     return document(results, limits, about)
 
 
-def _stopped(number: int, frame: object) -> None:
-    """So that what was begun is ended, and the logs are kept."""
-    raise SystemExit(128 + number)
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """As by Ctrl-C: what was begun is ended, and the logs are kept."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _profile(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -35,6 +35,12 @@ IN_ITS_PLACE = {
 }
 """What counts for a peer that cannot reuse."""
 
+ABOUT_BOUNDS = """\
+Shares of what the machine's rates of the same round allow, by what every system has to compute or to read: of the
+workload every request's own tokens, what is common once, and the weights once a step; of TTFT p50 one prompt alone, of
+TTFT p99 all that come at once at the start. Over 100 % the bytes came from a cache, or the rates were taken when the
+machine was busier."""
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -162,7 +168,7 @@ def _roofline(results: Results, bounds: Mapping[str, Bound]) -> str:
         body.append(
             [title, _limit(results, bound), spread(values, max(digits, 3 if column in LOWER_IS_BETTER else 0)), *cells]
         )
-    return "Shares of what the machine's rates allow in the same round:\n\n" + markdown(head, body)
+    return f"{ABOUT_BOUNDS}\n\n{markdown(head, body)}"
 
 
 def _rounds(results: Results) -> str:
