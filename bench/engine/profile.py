@@ -196,10 +196,12 @@ def _decode(batch: int) -> Run:
 
 
 def _mixed(scenario: MultiTenant) -> Run:
-    """So many open at once, as in the workload; the steps where some decode and a prompt is computed too."""
+    """So many open at once, as in the workload, of which the first part is enough; the steps where some decode and a
+    prompt is computed too."""
+    part = replace(scenario, requests=min(scenario.requests, 2 * scenario.concurrency))
 
     def run(engine: OneEngine, number: int) -> Iterator[tuple[Step, bool]]:
-        waiting = iter(make_asks(scenario, engine.runner.spec.vocab_size, number))
+        waiting = iter(make_asks(part, engine.runner.spec.vocab_size, number))
 
         def fill() -> None:
             while engine.num_open < scenario.concurrency and (ask := next(waiting, None)) is not None:
