@@ -136,7 +136,7 @@ def _profile(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = _worker(arguments)
     machine = _machine(settings)
     found = measure_profile(settings, read_scenario(arguments.scenario))
-    head = ["part", *(cell for one in found for cell in (f"{one.name}: ms", "share"))]
+    head = ["part", *(cell for one in found for cell in (f"{one.name}: ms a step", "share"))]
     body = [
         [part, *(cell for one in found for cell in (number(one.parts_ms[part], 3), _share(one, part)))]
         for part in PARTS
