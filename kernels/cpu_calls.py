@@ -93,6 +93,7 @@ class Tokens(ctypes.Structure):
         ("last", Pointer),
         ("num_last", Count),
         ("last_teams", Teams),
+        ("spent", Pointer),
     ]
 
 

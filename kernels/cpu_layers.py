@@ -50,6 +50,8 @@ class CpuStack:
         assert isinstance(down, PackedWeight)
         self._hidden_size, self._intermediate_size = down.outputs, down.inputs
         self._norm_eps = norm_eps
+        self.spent_ns: ctypes.Array[ctypes.c_int64] | None = None
+        """Where set, nanoseconds are added to it: those of products, of attention and of all else."""
 
     def takes(self, layers_kv: Sequence[KV]) -> TypeGuard[Sequence[torch.Tensor]]:
         """Whether the caches are such as native code reads and writes."""
@@ -75,6 +77,8 @@ class CpuStack:
             # Any address but null: nothing is read through it where there are no rows.
             tokens.last, tokens.num_last = last[0].data_ptr() or residual.data_ptr(), count
             tokens.last_teams = Teams() if last[1] is None else last[1].struct()
+        if self.spent_ns is not None:
+            tokens.spent = ctypes.addressof(self.spent_ns)
         scale = self._head_dim**-0.5
         stack = Stack(
             self._layers,

@@ -6,6 +6,7 @@ its time, since what no timer has is the engine's own.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,7 @@ PARTS = (LINEAR, ATTENTION, ROWS, HEAD, SAMPLING, PLANNING, OTHER_KERNELS, RUNNE
 
 _KERNELS = {
     "linear": LINEAR,
+    "gated_linear": LINEAR,
     "attention": ATTENTION,
     "sink_attention": ATTENTION,
     "plan_attention": PLANNING,
@@ -97,6 +99,26 @@ class Timers:
 
         return timed
 
+    def layers(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run_layers` with the layers' own times; what is left of it is the runner's."""
+
+        @wraps(run)
+        def timed(stack: kernels.CpuStack | None, *args: Any, **options: Any) -> Any:
+            if stack is None:
+                return None
+            stack.spent_ns = (ctypes.c_int64 * 3)()
+            began = time.perf_counter()
+            try:
+                return run(stack, *args, **options)
+            finally:
+                spent = [nanoseconds / 1e9 for nanoseconds in stack.spent_ns]
+                for part, seconds in zip((LINEAR, ATTENTION, ROWS), spent, strict=True):
+                    self._seconds[part] += seconds
+                self._seconds[RUNNER] += time.perf_counter() - began - sum(spent)
+                stack.spent_ns = None
+
+        return timed
+
     def take(self, wall_s: float) -> dict[str, float]:
         """Of a step that took so long."""
         found = dict(self._seconds)
@@ -110,12 +132,13 @@ def timed_faces(timers: Timers) -> Iterator[None]:
     faces: list[tuple[Any, str, str]] = [
         (kernels, name, _KERNELS.get(name, OTHER_KERNELS))
         for name in kernels.__all__
-        if callable(getattr(kernels, name)) and not isinstance(getattr(kernels, name), type)
+        if callable(getattr(kernels, name)) and not isinstance(getattr(kernels, name), type) and name != "run_layers"
     ]
     faces += [(RotaryEmbedding, "__call__", ROWS), (Decoder, "logits", HEAD), (sampler, "choose", SAMPLING)]
     with ExitStack() as parts:
         for owner, name, part in faces:
             parts.enter_context(mock.patch.object(owner, name, timers.part(part, getattr(owner, name))))
+        parts.enter_context(mock.patch.object(kernels, "run_layers", timers.layers(kernels.run_layers)))
         whole = timers.whole(RUNNER, ModelRunner.execute)
         parts.enter_context(mock.patch.object(ModelRunner, "execute", whole))
         yield

@@ -1,5 +1,6 @@
 #include "layers.h"
 
+#include <chrono>
 #include <cstdlib>
 
 // What lies between the layers' operations, of one step.
@@ -17,6 +18,23 @@ INLINE void gather(const float *from, int64_t width, const int64_t *last, int64_
         memcpy(into + row * count, from + last[row] * width, count * sizeof(float));
 }
 
+enum Kind { PRODUCT, ATTENTION, REST };
+
+// Adds up what the caller's time went to, where somebody wants to know.
+struct Watch {
+    typedef std::chrono::steady_clock Clock;
+    int64_t *spent;
+    Clock::time_point last = spent ? Clock::now() : Clock::time_point();
+
+    // All since the last call was of this kind.
+    void was(Kind kind) {
+        if (!spent) return;
+        const Clock::time_point now = Clock::now();
+        spent[kind] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - last).count();
+        last = now;
+    }
+};
+
 template <class T>
 static bool run(const Stack &stack, const Tokens &tokens, T *const *caches, const Between<T> &by, T *out,
                 int64_t threads) {
@@ -26,11 +44,14 @@ static bool run(const Stack &stack, const Tokens &tokens, T *const *caches, cons
     float *residual = tokens.residual, *heads = by.heads;
     int64_t rows = tokens.rows, q_stride = width;
     const Teams *teams = &tokens.teams;
+    Watch watch{tokens.spent};
     for (int64_t index = 0; index < stack.num_layers; index++) {
         const Layer &layer = stack.layers[index];
         shape.window = layer.window;
         norm<T>(nullptr, residual, layer.attention_norm, by.normed, rows, hidden, stack.norm_eps, threads);
+        watch.was(REST);
         linear<T>((const float *)by.normed, words, layer.qkv, heads, rows, threads);
+        watch.was(PRODUCT);
         rotary_write<T>(heads, tokens.cos, tokens.sin, layer.qk_norm, stack.norm_eps, caches[index], tokens.slots, rows,
                         shape, threads);
         if (tokens.last && index == stack.num_layers - 1) {
@@ -40,13 +61,20 @@ static bool run(const Stack &stack, const Tokens &tokens, T *const *caches, cons
             residual = by.last_residual, heads = by.last_heads, q_stride = queries;
             rows = tokens.num_last, teams = &tokens.last_teams;
         }
+        watch.was(REST);
         if (!attention<T>(heads, q_stride, caches[index], *teams, shape, by.mixed, threads)) return false;
+        watch.was(ATTENTION);
         add_linear<T>((const float *)by.mixed, queries / PER_WORD<T>, layer.output, residual, rows, threads);
+        watch.was(PRODUCT);
         norm<T>(nullptr, residual, layer.mlp_norm, by.normed, rows, hidden, stack.norm_eps, threads);
+        watch.was(REST);
         gated_linear<T>((const float *)by.normed, words, layer.gate_up, by.gated, rows, threads);
-        add_linear<T>((const float *)by.gated, stack.intermediate_size / PER_WORD<T>, layer.down, residual, rows, threads);
+        add_linear<T>((const float *)by.gated, stack.intermediate_size / PER_WORD<T>, layer.down, residual, rows,
+                      threads);
+        watch.was(PRODUCT);
     }
     norm<T>(nullptr, residual, stack.norm, out, rows, hidden, stack.norm_eps, threads);
+    watch.was(REST);
     return true;
 }
 

@@ -32,4 +32,5 @@ struct Tokens {
     const int64_t *last;
     int64_t num_last;
     Teams last_teams;
+    int64_t *spent;  // null, or nanoseconds that are added to: products, attention, the rest
 };
