@@ -43,56 +43,68 @@ def make_plan(step: Step, windows: Sequence[int | None], *, num_heads: int) -> C
     """Raises ValueError on a hole where the step reads or writes: native code would follow it."""
     for window in dict.fromkeys(windows):
         _check_tables(step, window)
-    group = num_heads // step.num_kv_heads
-    most = max(1, ROWS // group)
-    pieces = _prompt_pieces(step, most)
-    teams = [pieces[index : index + 1] for index in range(len(pieces))]
-    teams += _decode_teams(step, _fair_share(step, most))
-    teams.sort(key=lambda team: -int((team[:, 2] * (team[:, 3] + team[:, 2])).sum()))
-    sizes = [len(team) for team in teams]
+    most = max(1, ROWS * step.num_kv_heads // num_heads)
+    members, sizes = _prompt_pieces(step, most)
+    if (single := np.flatnonzero(step.query_lens == 1)).size:
+        order, decode_sizes = _decode_teams(step.block_tables, single, _fair_share(step, len(single), most))
+        rows = (order, step.query_starts[order], np.ones_like(order), step.context_lens[order] - 1)
+        members = np.concatenate((members, np.stack(rows, axis=1)))
+        sizes = np.concatenate((sizes, decode_sizes))
+    members, sizes = _longest_first(members, sizes)
+    teams = np.zeros(len(sizes) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=teams[1:])
     return CpuPlan(
         num_tokens=step.num_tokens,
         sink_work={},
         slots=torch.from_numpy(step.slots()),
         tables=step.block_tables,
-        members=np.ascontiguousarray(np.concatenate(teams)) if teams else np.zeros((0, 4), np.int64),
-        teams=np.concatenate(([0], np.cumsum(sizes))).astype(np.int64),
-        most_rows=max((int(team[:, 2].sum()) for team in teams), default=1),
+        members=np.ascontiguousarray(members),
+        teams=teams,
+        most_rows=int(np.add.reduceat(members[:, 2], teams[:-1]).max()),
     )
 
 
-def _fair_share(step: Step, most: int) -> int:
+def _fair_share(step: Step, decoding: int, most: int) -> int:
     """How many sequences a team may have so that no thread is without one."""
-    decoding = int((step.query_lens == 1).sum())
     return min(most, -(-decoding * step.num_kv_heads // num_threads()))
 
 
-def _prompt_pieces(step: Step, most: int) -> Ints:
-    """Pieces of at most `most` tokens of the sequences that compute several: [num_pieces, 4]."""
+def _prompt_pieces(step: Step, most: int) -> tuple[Ints, Ints]:
+    """Pieces of at most `most` tokens of the sequences that compute several, [num_pieces, 4], teams of one."""
     pieces = np.where(step.query_lens > 1, -(-step.query_lens // most), 0)
     sequence = np.repeat(np.arange(len(pieces)), pieces)
     begin = (np.arange(len(sequence)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * most
     rows = np.minimum(step.query_lens[sequence] - begin, most)
     position = (step.context_lens - step.query_lens)[sequence] + begin
-    return np.stack((sequence, step.query_starts[sequence] + begin, rows, position), axis=1)
+    members = np.stack((sequence, step.query_starts[sequence] + begin, rows, position), axis=1)
+    return members, np.ones(len(members), dtype=np.int64)
 
 
-def _decode_teams(step: Step, most: int) -> list[Ints]:
-    """Sequences that compute one token, those that begin with the same block together, `most` in a team."""
-    single = np.flatnonzero(step.query_lens == 1)
-    tables = step.block_tables
+def _decode_teams(tables: npt.NDArray[np.int32], single: Ints, most: int) -> tuple[Ints, Ints]:
+    """The sequences `single`, which compute one token, in order of their tables, and how many are in each team: those
+    that begin with the same block, `most` at once."""
     order = sorted(single.tolist(), key=lambda row: tables[row].tobytes())
-    teams: list[list[int]] = []
-    for row in order:
-        if teams and len(teams[-1]) < most and tables[teams[-1][-1], 0] == tables[row, 0]:
-            teams[-1].append(row)
+    sizes: list[int] = []
+    before = None
+    for first in tables[order, 0].tolist():
+        if first == before and sizes[-1] < most:
+            sizes[-1] += 1
         else:
-            teams.append([row])
-    ones = np.ones(1, dtype=np.int64)
-    return [
-        np.stack((rows, step.query_starts[rows], ones.repeat(len(rows)), step.context_lens[rows] - 1), axis=1)
-        for rows in map(np.array, teams)
-    ]
+            sizes.append(1)
+        before = first
+    return np.array(order), np.array(sizes)
+
+
+def _longest_first(members: Ints, sizes: Ints) -> tuple[Ints, Ints]:
+    """The teams in order of their work, so that no thread is left with a long one at the end."""
+    if len(sizes) == 1:
+        return members, sizes
+    starts = np.cumsum(sizes) - sizes
+    work = np.add.reduceat(members[:, 2] * (members[:, 3] + members[:, 2]), starts)
+    order = np.argsort(-work, kind="stable")
+    moved = np.repeat(starts[order], sizes[order])
+    within = np.arange(len(members)) - np.repeat(np.cumsum(sizes[order]) - sizes[order], sizes[order])
+    return members[moved + within], sizes[order]
 
 
 def _check_tables(step: Step, window: int | None) -> None:
