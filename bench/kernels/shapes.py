@@ -13,6 +13,7 @@ import torch
 from kernels import device
 from kernels.configs import Tuning
 from kernels.device_plan import DevicePlan
+from kernels.step import Ints
 
 BLOCK_SIZE = 16
 # Together the layers' KV is far larger than any cache of a processor.
@@ -82,7 +83,7 @@ class Setting:
 
     shape: Shape
     kv_cache: torch.Tensor
-    tables: np.ndarray
+    tables: Ints
     queries: list[torch.Tensor]
 
     @property
@@ -123,21 +124,27 @@ class Setting:
 
 def make_setting(shape: Shape, place: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Setting:
     num_heads, num_kv_heads, head_dim = shape.heads
-    rng = np.random.default_rng(1)
+    tables = block_tables(shape)
+    num_blocks = int(tables.max()) + 1
     per_block = 4 * num_kv_heads * head_dim * BLOCK_SIZE
+    num_layers = min(MOST_LAYERS, max(1, -(-ROTATED_BYTES // (num_blocks * per_block))))
+    size = (num_blocks, num_layers, 2, num_kv_heads, BLOCK_SIZE, head_dim)
+    kv_cache = torch.empty(size, dtype=dtype, device=place).normal_()
+    tokens = sum(shape.query_lens)
+    queries = [torch.randn(tokens, num_heads, head_dim, device=place).to(dtype) for _ in range(num_layers)]
+    return Setting(shape, kv_cache, tables, queries)
+
+
+def block_tables(shape: Shape) -> Ints:
+    """`[num_seqs, blocks of the longest context]`, -1 behind a sequence's end; every block of a cache is somebody's."""
     widths = [-(-length // BLOCK_SIZE) for length in shape.context_lens]
     shared = shape.shared // BLOCK_SIZE
     num_blocks = sum(widths) - shared * (len(widths) - shape.groups)
-    num_layers = min(MOST_LAYERS, max(1, -(-ROTATED_BYTES // (num_blocks * per_block))))
-    order, taken = rng.permutation(num_blocks), shared * shape.groups
+    order, taken = np.random.default_rng(1).permutation(num_blocks), shared * shape.groups
     tables = np.full((len(widths), max(widths)), -1, dtype=np.int64)
     for row, width in enumerate(widths):
         group = row % shape.groups
         tables[row, :shared] = order[group * shared : (group + 1) * shared]
         tables[row, shared:width] = order[taken : taken + width - shared]
         taken += width - shared
-    size = (num_blocks, num_layers, 2, num_kv_heads, BLOCK_SIZE, head_dim)
-    kv_cache = torch.empty(size, dtype=dtype, device=place).normal_()
-    tokens = sum(shape.query_lens)
-    queries = [torch.randn(tokens, num_heads, head_dim, device=place).to(dtype) for _ in range(num_layers)]
-    return Setting(shape, kv_cache, tables, queries)
+    return tables
