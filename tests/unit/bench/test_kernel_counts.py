@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench.kernels import counts
-from bench.kernels.counts import CLAIMED, MOST, Counts, Launch, Read, cpu_counts, gpu_counts, main, missed, reads
+from bench.kernels.counts import CLAIMED, MOST, Counts, Launch, Read, cpu_counts, gpu_counts, main, missed, reads, table
 from bench.kernels.shapes import SHAPES, Shape, block_tables
 from kernels.configs import Tuning
 
 BY_NAME = {shape.name: shape for shape in SHAPES}
+PAGE = re.sub(" +", " ", (Path(__file__).resolve().parents[3] / "docs" / "kv-cache.md").read_text())
 SMALL = Shape("small", (1,) * 6, (160,) * 6, 1.0, shared=128, groups=2, heads=(4, 2, 16))
+
+
+def row(found: Counts) -> str:
+    return re.sub(" +", " ", table([found]).splitlines()[2])
 
 
 @pytest.mark.parametrize("name", CLAIMED)
@@ -25,6 +31,7 @@ def test_shared_prefixes_come_from_memory_about_once(name: str) -> None:
     assert found.planned.memory <= found.planned.pieces < found.alone.pieces / 5
     assert found.planned.memory <= found.alone.memory
     assert found.nodes
+    assert row(found) in PAGE
 
 
 def test_what_is_read_for_each_tile_of_rows_is_counted_for_each() -> None:
@@ -66,6 +73,7 @@ def test_the_cpu_reads_all_of_each_sequence() -> None:
     assert found.planned.pieces == 6 * 160 * 2 * 2 * 16 * 4
     assert found.planned.memory == found.unique
     assert not found.claims()
+    assert row(cpu_counts(BY_NAME["C1"])) in PAGE
 
 
 def test_a_miss_is_said_and_is_the_exit_code(
