@@ -1,6 +1,6 @@
-"""A line chart as SVG text, so that a plot needs no plotting library.
+"""Line and bar charts as SVG text, so that a plot needs no plotting library.
 
-Knows numbers and names. The y axis is logarithmic where the values span more than a factor of four.
+Knows numbers and names. The y axis of lines is logarithmic where the values span more than a factor of four.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT = 820, 420
 LEFT, RIGHT, TOP, BOTTOM = 60, 20, 40, 50
+BAR_LEFT, BAR_RIGHT = 110, 90
 COLORS = ("#1b6ca8", "#c1440e", "#2a7f3f", "#6a4c93", "#8a6d00", "#444444")
 LOGARITHMIC_FROM = 4.0
 
@@ -53,6 +54,24 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, mark: tuple[f
         parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{places}"/>')
         parts.append(_rule((LEFT + 12, TOP + 14 + 18 * number), (LEFT + 36, TOP + 14 + 18 * number), color, width=3))
         parts.append(_text(LEFT + 42, TOP + 18 + 18 * number, line.name, "start"))
+    return _svg(parts)
+
+
+def bar_chart(bars: Sequence[tuple[str, float]], *, title: str) -> str:
+    """The whole SVG of bars from zero, each with its name and value."""
+    step = (HEIGHT - TOP - 10) / len(bars)
+    most, room = max(value for _, value in bars), WIDTH - BAR_LEFT - BAR_RIGHT
+    parts = [_text(WIDTH / 2, 22, title, size=15)]
+    for number, (name, value) in enumerate(bars):
+        top, width = TOP + number * step, room * value / most
+        size = f'x="{BAR_LEFT}" y="{top:.1f}" width="{width:.1f}" height="{0.7 * step:.1f}"'
+        parts.append(f'<rect {size} fill="{COLORS[number % len(COLORS)]}"/>')
+        parts.append(_text(BAR_LEFT - 8, top + 0.35 * step + 4, name, "end"))
+        parts.append(_text(BAR_LEFT + width + 8, top + 0.35 * step + 4, f"{value:,g}", "start"))
+    return _svg(parts)
+
+
+def _svg(parts: Sequence[str]) -> str:
     body = "\n".join(parts)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">'
     return f'{head}\n<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>\n{body}\n</svg>\n'

@@ -51,6 +51,7 @@ class Teams(ctypes.Structure):
     _fields_ = [
         *((name, Pointer) for name in ("tables", "members", "teams")),
         *((name, Count) for name in ("num_teams", "most_rows", "table_stride")),
+        ("taken", Pointer),
     ]
 
 

@@ -16,8 +16,9 @@ from kernels import plan as host_plan
 from kernels.cpu_calls import Teams, num_threads
 from kernels.step import Ints, Step
 
-# Query rows (tokens times heads of a group) that one piece of a prompt has, and the most of a team's.
+# Query rows (tokens times heads of a group) of a piece of a prompt, and the most of sequences that go together.
 ROWS = 256
+TEAM_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,14 @@ class CpuPlan:
     members: Ints  # [num_members, 4]
     teams: Ints  # [num_teams + 1]
     most_rows: int
+    taken: Ints | None = None
+    """Where set, [1]: positions of one head that are read from the cache are added to it."""
 
     def struct(self) -> Teams:
         """As native code takes it, while the plan lives."""
         pointers = (self.tables.ctypes.data, self.members.ctypes.data, self.teams.ctypes.data)
-        return Teams(*pointers, len(self.teams) - 1, self.most_rows, self.tables.shape[1])
+        taken = None if self.taken is None else self.taken.ctypes.data
+        return Teams(*pointers, len(self.teams) - 1, self.most_rows, self.tables.shape[1], taken)
 
 
 def make_plan(step: Step, windows: Sequence[int | None], *, num_heads: int) -> CpuPlan:
@@ -46,7 +50,7 @@ def make_plan(step: Step, windows: Sequence[int | None], *, num_heads: int) -> C
     most = max(1, ROWS * step.num_kv_heads // num_heads)
     members, sizes = _prompt_pieces(step, most)
     if (single := np.flatnonzero(step.query_lens == 1)).size:
-        order, decode_sizes = _decode_teams(step.block_tables, single, _fair_share(step, len(single), most))
+        order, decode_sizes = _decode_teams(step.block_tables, single, _fair_share(step, len(single), num_heads))
         rows = (order, step.query_starts[order], np.ones_like(order), step.context_lens[order] - 1)
         members = np.concatenate((members, np.stack(rows, axis=1)))
         sizes = np.concatenate((sizes, decode_sizes))
@@ -64,8 +68,9 @@ def make_plan(step: Step, windows: Sequence[int | None], *, num_heads: int) -> C
     )
 
 
-def _fair_share(step: Step, decoding: int, most: int) -> int:
+def _fair_share(step: Step, decoding: int, num_heads: int) -> int:
     """How many sequences a team may have so that no thread is without one."""
+    most = max(1, TEAM_ROWS * step.num_kv_heads // num_heads)
     return min(most, -(-decoding * step.num_kv_heads // num_threads()))
 
 

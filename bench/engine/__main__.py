@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.engine import facts
+from bench.engine import facts, facts_page
 from bench.engine.alone import BATCHES, measure_alone
 from bench.engine.checkpoints import SHAPES, checkpoint
 from bench.engine.machine import Machine, measure_machine, processor
@@ -33,6 +33,8 @@ from pando.settings import WorkerSettings
 from worker.models.config import read_config
 
 PROG = "python -m bench.engine"
+LARGE = "llama-3.1-8b"
+"""KV bytes are given of this shape too."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,27 +156,28 @@ def _share(one: Profile, part: str) -> str:
 
 def _facts(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = _worker(arguments)
-    times = facts.token_times(settings, arguments.lengths)
-    body = [[f"{t.length:,}", number(t.with_cache_ms, 2), number(t.without_cache_ms, 2)] for t in times]
-    print(markdown(["tokens before it", "ms a token with a cache", "without"], body) + "\n")
-    sequences = [facts.concurrency(blocks) for blocks in facts.POOLS]
-    body = [[f"{s.kv_tokens:,}", str(s.reserved), number(s.paged_mean, 1), str(s.paged_peak)] for s in sequences]
-    print(markdown(["token positions", "sequences reserved", "paged, mean", "most"], body) + "\n")
-    kinds = facts.kv_bytes(settings)
-    body = [
-        [k.dtype, number(k.bytes_per_token, 0), f"{k.bytes_per_token / kinds[0].bytes_per_token:.3f}"] for k in kinds
-    ]
-    print(markdown(["KV dtype", "bytes a token", "of float32"], body))
-    if arguments.plot:
-        title = f"Time for the next token: {Path(settings.model).name}, {settings.dtype}"
-        arguments.plot.write_text(facts.draw_times(times, title), "utf-8")
-    if arguments.plot_memory:
-        arguments.plot_memory.write_text(facts.draw_concurrency(sequences), "utf-8")
-    return {
-        "token_times": [asdict(one) for one in times],
-        "concurrency": [asdict(one) for one in sequences],
-        "kv_bytes": [asdict(one) for one in kinds],
+    loads = [facts.drawn_load()]
+    loads += [facts.trace_load(path, arguments.trace_block_size) for path in arguments.trace]
+    machine = _machine(settings)
+    document = {
+        "model": Path(settings.model).name,
+        "device": settings.device,
+        "machine": asdict(machine),
+        "token_times": [asdict(one) for one in facts.token_times(settings, arguments.lengths, say=_say)],
+        "loads": [facts.load_facts(load, say=_say) for load in loads],
+        "kv_bytes": [
+            {"model": name, "dtypes": [asdict(one) for one in facts.kv_bytes(config)]}
+            for name, config in (
+                (Path(settings.model).name, read_config(Path(settings.model))),
+                (LARGE, facts.shape_config(SHAPES[LARGE])),
+            )
+        ],
     }
+    print("\n\n".join(facts_page.text(document)))
+    if arguments.plots:
+        for name, drawn in facts_page.plots(document).items():
+            (arguments.plots / name).write_text(drawn, "utf-8")
+    return document
 
 
 def _worker(arguments: argparse.Namespace) -> WorkerSettings:
@@ -241,8 +244,9 @@ def _parser() -> argparse.ArgumentParser:
     workload.set_defaults(run=_workload)
     figures = commands.add_parser("facts", help="what a KV cache is worth")
     figures.add_argument("--lengths", type=_numbers, default=facts.LENGTHS)
-    figures.add_argument("--plot", type=Path, help="SVG of the time for a token over length")
-    figures.add_argument("--plot-memory", type=Path, help="SVG of sequences in the same bytes")
+    figures.add_argument("--trace", type=Path, action="append", default=[], help="count sequences of this trace too")
+    figures.add_argument("--trace-block-size", type=int, default=512, help="tokens of a hash id in the traces")
+    figures.add_argument("--plots", type=Path, help="folder to write plots to")
     figures.set_defaults(run=_facts)
     for one in (alone, profile, workload, figures):
         _model_options(one)

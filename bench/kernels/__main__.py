@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+import kernels
 from bench.kernels.peers import sdpa_microseconds
-from bench.kernels.shapes import QUICK, SHAPES, Setting, make_setting
+from bench.kernels.shapes import QUICK, SHAPES, Setting, Shape, make_setting
 from bench.kernels.timing import Roofline, graph_microseconds, host_microseconds, measure_roofline
 from kernels.configs import Processor, Tuning, tuning
 
@@ -54,17 +55,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.cuda.empty_cache()
         if options.json:
             options.json.write_text(json.dumps(figures, indent=1))
+    if not options.sweep:
+        print("\n".join(held_against(figures["shapes"])))
     return 1 if any(figure["error"] > MOST_ERROR for figure in figures["shapes"]) else 0
 
 
-def _tuned() -> Tuning:
+def held_against(figures: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many times as fast shapes are as the one they are to be faster than, where both were timed."""
+    times = {figure["name"]: figure["us"] for figure in figures}
+    return [
+        f"{shape.name}: {times[shape.base] / times[shape.name]:.2f} x as fast as {shape.base}, goal {shape.faster} x"
+        for shape in SHAPES
+        if shape.name in times and shape.base in times
+    ]
+
+
+def _tuned(shape: Shape) -> Tuning:
     properties = torch.cuda.get_device_properties()
-    return tuning(128, 2, Processor(multiprocessors=properties.multi_processor_count))
+    scaled = bool(shape.kept) and kernels.FORMATS[shape.kept].largest > 0
+    return tuning(128, 2, Processor(multiprocessors=properties.multi_processor_count), scaled=scaled)
 
 
 def _timed(setting: Setting, roofline: Roofline, *, alone: bool) -> list[dict[str, Any]]:
     """One line of the table."""
-    shape, tuned = setting.shape, _tuned()
+    shape, tuned = setting.shape, _tuned(setting.shape)
     plan = setting.plan(tuned)
     error = setting.error(setting.run(plan, setting.num_layers - 1), setting.num_layers - 1)
     floor = roofline.floor(shape.bytes, shape.operations)
@@ -87,7 +101,7 @@ def _swept(setting: Setting, roofline: Roofline) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     floor = roofline.floor(shape.bytes, shape.operations)
     wide = max(shape.query_lens) > 1 or shape.shared > 0
-    for tuned in _candidates(_tuned(), decodes=min(shape.query_lens) == 1, wide=wide):
+    for tuned in _candidates(_tuned(shape), decodes=min(shape.query_lens) == 1, wide=wide):
         try:
             plan = setting.plan(tuned)
             error = setting.error(setting.run(plan, 0), 0)

@@ -6,8 +6,8 @@ The last range of a token to finish merges all of them. Invariant: every counter
 import triton
 import triton.language as tl
 
-from kernels.jit.softmax import accumulate, finished, load_rows, merged, nothing_seen
-from kernels.jit.stored import load_kv
+from kernels.jit.softmax import accumulate, finished, load_rows, merged, nothing_seen, store_part, store_result
+from kernels.jit.stored import head_addresses, load_kv
 
 
 @triton.jit(do_not_specialize=["table_stride"])  # it changes from step to step: one build for all
@@ -60,9 +60,43 @@ def decode_kernel(
         rows_of = load_rows(query + token * query_stride, row_heads * HEAD_DIM, live_row, HEAD_DIM, DIM, True)
 
     MATH: tl.constexpr = tl.float16 if KIND == "fp8" and rows_of.dtype == tl.bfloat16 else rows_of.dtype
-    rows_of = rows_of.to(MATH)
-    keys_of, key_scales_of = layer_kv + head * HEAD_ROW, scales + head * (HEAD_ROW // 2)
-    values_of, value_scales_of = keys_of + NUM_KV_HEADS * HEAD_ROW, key_scales_of + NUM_KV_HEADS * (HEAD_ROW // 2)
+    keys_of, key_scales_of, values_of, value_scales_of = head_addresses(layer_kv, scales, head, NUM_KV_HEADS, HEAD_ROW)
+    result, state = attend(
+        rows_of.to(MATH), keys_of, values_of, key_scales_of, value_scales_of, table, block_stride, scale, start, end,
+        ROWS, HEAD_DIM, DIM, BLOCK_SIZE, TILE, KIND,
+    )  # fmt: skip
+
+    if num_parts == 1:
+        store_result(out, token, row_heads, live_row, result, NUM_KV_HEADS * GROUP, HEAD_DIM)
+    else:
+        store_part(parts, states, slot, row_heads, live_row, result, state, NUM_KV_HEADS * GROUP, HEAD_DIM)
+        if num_parts > 1:
+            merge_if_last(
+                out, part_slots + first_part, parts, states, counters, token, num_parts, head,
+                NUM_KV_HEADS, GROUP, MERGE_ROWS, MERGE_STEP, HEAD_DIM, DIM,
+            )  # fmt: skip
+
+
+@triton.jit
+def attend(
+    rows_of,
+    keys_of,
+    values_of,
+    key_scales_of,
+    value_scales_of,
+    table,
+    block_stride,
+    scale,
+    start,
+    end,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """The softmax of `rows_of[ROWS, DIM]` over positions [start, end), which all of them see, and its state."""
     accumulator, total, largest = nothing_seen(ROWS, DIM)
     # Block numbers are loaded one step ahead, so that copies of keys and values may run several steps ahead.
     ahead = start + tl.arange(0, TILE)
@@ -72,11 +106,12 @@ def decode_kernel(
         live = positions < end
         blocks_ahead = tl.load(table + (positions + TILE) // BLOCK_SIZE, mask=positions + TILE < end, other=0)
         keys, key_scales = load_kv(
-            keys_of, key_scales_of, blocks, positions, live, block_stride, HEAD_DIM, DIM, BLOCK_SIZE, True, KIND, MATH
-        )
+            keys_of, key_scales_of, blocks, positions, live, block_stride,
+            HEAD_DIM, DIM, BLOCK_SIZE, True, KIND, rows_of.dtype,
+        )  # fmt: skip
         values, value_scales = load_kv(
             values_of, value_scales_of, blocks, positions, live, block_stride,
-            HEAD_DIM, DIM, BLOCK_SIZE, True, KIND, MATH,
+            HEAD_DIM, DIM, BLOCK_SIZE, True, KIND, rows_of.dtype,
         )  # fmt: skip
         scores = tl.dot(rows_of, tl.trans(keys), input_precision="tf32x3")
         if KIND != "same":
@@ -85,22 +120,7 @@ def decode_kernel(
         accumulator, total, largest = accumulate(
             scores, scale, values, value_scales, accumulator, total, largest, False, KIND != "same"
         )
-    result, state = finished(accumulator, total, largest)
-
-    dims = tl.arange(0, DIM)
-    mask = live_row[:, None] & (dims < HEAD_DIM)[None, :]
-    if num_parts == 1:
-        at = (token * NUM_KV_HEADS * GROUP + row_heads)[:, None] * HEAD_DIM + dims[None, :]
-        tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
-    else:
-        state_at = slot * NUM_KV_HEADS * GROUP + row_heads
-        tl.store(parts + state_at[:, None] * HEAD_DIM + dims[None, :], result, mask=mask)
-        tl.store(states + state_at, state, mask=live_row)
-        if num_parts > 1:
-            merge_if_last(
-                out, part_slots + first_part, parts, states, counters, token, num_parts, head,
-                NUM_KV_HEADS, GROUP, MERGE_ROWS, MERGE_STEP, HEAD_DIM, DIM,
-            )  # fmt: skip
+    return finished(accumulator, total, largest)
 
 
 @triton.jit
@@ -127,10 +147,7 @@ def merge_if_last(
         num_heads: tl.constexpr = NUM_KV_HEADS * GROUP
         result = merged(parts, states, part_slots, num_parts, head, num_heads, GROUP, ROWS, HEAD_DIM, DIM, STEP)
         rows = tl.arange(0, ROWS)
-        dims = tl.arange(0, DIM)
-        at = (token * num_heads + head * GROUP + rows)[:, None] * HEAD_DIM + dims[None, :]
-        mask = (rows < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-        tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
+        store_result(out, token, head * GROUP + rows, rows < GROUP, result, num_heads, HEAD_DIM)
         tl.store(counter, 0)
 
 
@@ -156,7 +173,4 @@ def merge_kernel(
     num_heads: tl.constexpr = NUM_KV_HEADS * GROUP
     result = merged(parts, states, slots, tl.load(merge + 2), head, num_heads, GROUP, ROWS, HEAD_DIM, DIM, STEP)
     rows = tl.arange(0, ROWS)
-    dims = tl.arange(0, DIM)
-    at = (token * num_heads + head * GROUP + rows)[:, None] * HEAD_DIM + dims[None, :]
-    mask = (rows < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
+    store_result(out, token, head * GROUP + rows, rows < GROUP, result, num_heads, HEAD_DIM)

@@ -59,6 +59,23 @@ def finished(accumulator, total, largest):
 
 
 @triton.jit
+def store_result(out, token, row_heads, live_row, result, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """`result[rows, DIM]` of heads of one token, or each row its own, into `out[num_tokens, NUM_HEADS, HEAD_DIM]`."""
+    dims = tl.arange(0, result.shape[1])
+    at = (token * NUM_HEADS + row_heads)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=live_row[:, None] & (dims < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def store_part(
+    parts, states, slot, row_heads, live_row, result, state, NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """The same for a result that is not complete, with its state `[rows]`: into a part slot, or one for each row."""
+    store_result(parts, slot, row_heads, live_row, result, NUM_HEADS, HEAD_DIM)
+    tl.store(states + slot * NUM_HEADS + row_heads, state, mask=live_row)
+
+
+@triton.jit
 def merged(
     parts,
     states,

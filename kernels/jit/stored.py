@@ -14,6 +14,14 @@ ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
+def head_addresses(layer_kv, scales, head, NUM_KV_HEADS: tl.constexpr, HEAD_ROW: tl.constexpr):
+    """Where the keys of a head begin in block 0 and their scales, and the values and theirs."""
+    keys_of, key_scales_of = layer_kv + head * HEAD_ROW, scales + head * (HEAD_ROW // 2)
+    values_of, value_scales_of = keys_of + NUM_KV_HEADS * HEAD_ROW, key_scales_of + NUM_KV_HEADS * (HEAD_ROW // 2)
+    return keys_of, key_scales_of, values_of, value_scales_of
+
+
+@triton.jit
 def load_kv(
     vectors_of,
     scales_of,

@@ -7,8 +7,8 @@ from its token's position and the item's two distances alone.
 import triton
 import triton.language as tl
 
-from kernels.jit.softmax import accumulate, finished, load_rows, nothing_seen
-from kernels.jit.stored import load_kv
+from kernels.jit.softmax import accumulate, finished, load_rows, nothing_seen, store_part, store_result
+from kernels.jit.stored import head_addresses, load_kv
 
 
 @triton.jit
@@ -117,8 +117,7 @@ def wide_kernel(
 
     MATH: tl.constexpr = tl.float16 if KIND == "fp8" and rows_of.dtype == tl.bfloat16 else rows_of.dtype
     rows_of = rows_of.to(MATH)
-    keys_of, key_scales_of = layer_kv + head * HEAD_ROW, scales + head * (HEAD_ROW // 2)
-    values_of, value_scales_of = keys_of + NUM_KV_HEADS * HEAD_ROW, key_scales_of + NUM_KV_HEADS * (HEAD_ROW // 2)
+    keys_of, key_scales_of, values_of, value_scales_of = head_addresses(layer_kv, scales, head, NUM_KV_HEADS, HEAD_ROW)
     accumulator, total, largest = nothing_seen(ROWS, DIM)
     accumulator, total, largest = attend(
         rows_of, row_positions, keys_of, values_of, key_scales_of, value_scales_of, table, block_stride, scale,
@@ -129,13 +128,7 @@ def wide_kernel(
         accumulator, total, largest, full_end, end, far, near, HEAD_DIM, DIM, BLOCK_SIZE, TILE, True, KIND,
     )  # fmt: skip
     result, state = finished(accumulator, total, largest)
-
-    dims = tl.arange(0, DIM)
-    mask = live_row[:, None] & (dims < HEAD_DIM)[None, :]
     if slot < 0:
-        at = (token * NUM_KV_HEADS * GROUP + row_heads)[:, None] * HEAD_DIM + dims[None, :]
-        tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
+        store_result(out, token, row_heads, live_row, result, NUM_KV_HEADS * GROUP, HEAD_DIM)
     else:
-        state_at = (slot + index) * NUM_KV_HEADS * GROUP + row_heads
-        tl.store(parts + state_at[:, None] * HEAD_DIM + dims[None, :], result, mask=mask)
-        tl.store(states + state_at, state, mask=live_row)
+        store_part(parts, states, slot + index, row_heads, live_row, result, state, NUM_KV_HEADS * GROUP, HEAD_DIM)

@@ -94,6 +94,7 @@ template <class T>
 static void take(const Work<T> &work, const int32_t *table, int64_t origin, int64_t begin, int64_t end) {
     const Shape &of = work.of;
     const int64_t dim = of.head_dim, value = of.num_kv_heads * of.block_size * dim;
+    if (work.teams.taken) __atomic_fetch_add(work.teams.taken, end - begin, __ATOMIC_RELAXED);
     const float *from[KEYS];
     for (int64_t position = begin; position < end; position++) {
         const int64_t block = table[position / of.block_size];

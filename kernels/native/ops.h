@@ -27,6 +27,7 @@ struct Teams {
     const Member *members;
     const int64_t *teams;
     int64_t num_teams, most_rows, table_stride;
+    int64_t *taken;  // null, or positions of one head read from the cache are added to it
 };
 
 // `out = x @ weight + bias`, and `out += x @ weight + bias`; `x[rows, depth]` in words.

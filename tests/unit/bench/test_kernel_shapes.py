@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.kernels.__main__ import main
+from bench.kernels.__main__ import held_against, main
 from bench.kernels.shapes import SHAPES, Shape, make_setting
 from kernels.configs import DecodeConfig, Tuning, WideConfig
 
@@ -21,8 +21,10 @@ TUNED = Tuning(
     [
         Shape("decode", (1,) * 4, (90,) * 4, 1.0, shared=64, groups=2, heads=(4, 2, 16)),
         Shape("mixed", (20, 1), (70, 33), 1.0, heads=(4, 2, 16)),
+        Shape("fp8", (1,) * 2, (50, 33), 1.0, heads=(4, 2, 16), kept="fp8"),
+        Shape("int8", (1,) * 2, (50, 33), 1.0, heads=(4, 2, 16), kept="int8"),
     ],
-    ids=str,
+    ids=lambda shape: shape.name,
 )
 def test_a_result_is_checked(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.kernels.shapes.MOST_LAYERS", 2)
@@ -38,6 +40,30 @@ def test_shared_keys_are_counted_once() -> None:
     shape = Shape("shared", (1,) * 6, (100,) * 6, 1.0, shared=80, groups=2)
     assert shape.distinct_keys == 2 * 80 + 6 * 20
     assert len({shape.name for shape in SHAPES}) == len(SHAPES)
+
+
+def test_fewer_bits_are_fewer_bytes() -> None:
+    by_name = {shape.name: shape for shape in SHAPES}
+    plain, kept = by_name["D4"], by_name["D4q8"]
+    queries = 64 * 32 * 128 * 4
+    assert plain.bytes - queries == 64 * 4096 * 8 * 2 * 128 * 2
+    assert kept.bytes - queries == 64 * 4096 * 8 * 2 * (128 + 2)
+    assert kept.operations == plain.operations
+
+
+def test_all_of_a_cache_in_fewer_bits_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.kernels.shapes.MOST_LAYERS", 2)
+    monkeypatch.setattr("bench.kernels.shapes.BLOCKS_AT_ONCE", 2)
+    setting = make_setting(Shape("int4", (1,) * 3, (40,) * 3, 1.0, heads=(4, 2, 16), kept="int4"), "cpu", torch.float32)
+    read = torch.stack([setting.dense(layer, sequence) for layer in range(2) for sequence in range(3)])
+    assert read.isfinite().all() and 0.8 < float(read.std()) < 1.2
+    assert read.flatten(2).std(-1).min() > 0.5
+
+
+def test_a_shape_is_held_against_another_where_both_were_timed() -> None:
+    figures = [{"name": "D4", "us": 255.0}, {"name": "D4q8", "us": 150.0}, {"name": "D1", "us": 8.0}]
+    assert held_against(figures) == ["D4q8: 1.70 x as fast as D4, goal 1.7 x"]
+    assert held_against(figures[1:]) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
