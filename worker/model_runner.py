@@ -10,6 +10,7 @@ import logging
 import os
 from array import array
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from worker.models.config import ModelConfig, read_config, with_window
 from worker.models.decoder import Decoder, load_decoder
 from worker.runner import ModelSpec
 from worker.sampler import Draw
+from worker.step_thread import ThreadStep
 from worker.weights import Checkpoint, fingerprint, weight_files
 
 log = logging.getLogger(__name__)
@@ -103,26 +105,28 @@ class ModelRunner:
         config = decoder.config
         self._windows = tuple(dict.fromkeys(config.windows))
         self._sinks = {} if config.sink_window is None else {config.sink_window: config.sinks}
+        self._thread = ThreadPoolExecutor(1, "step")
+        self._drawn: list[int] = []  # the answer of the last launched step that ended
 
-    @torch.inference_mode()
     def execute(self, batch: Batch) -> list[int]:
         """Run the step; one token id for each sequence that has `sampling`, in batch order."""
-        inputs = self._inputs(batch)
-        draws, rows = _draws(batch, inputs)
-        hidden = self._hidden(batch, inputs, rows)
-        if not draws:
-            return []
-        return sampler.choose(self.decoder.logits(hidden), draws)
+        return self._run(self._prepared(batch))
+
+    def launch(self, batch: Batch) -> ThreadStep:
+        """The step runs on a thread of its own, where native code leaves the interpreter to the caller."""
+        return ThreadStep(self._thread.submit(self._run_behind, self._prepared(batch), _followed(batch)))
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:
         """Run the step and return the logits after every token of it, `[num_tokens, vocab_size]` float32 on the CPU:
         for tests and for perplexity; nothing is sampled."""
-        hidden = self._hidden(batch, self._inputs(batch), None)
+        hidden = self._hidden(batch.copies, self._prepared(batch).inputs, None)
         return self.decoder.logits(hidden).cpu()
 
     def close(self) -> None:
-        """Free weights and cache, CPU memory too. The runner must not be used after."""
+        """Free weights and cache, CPU memory too, when the steps launched have ended. The runner must not be used
+        after."""
+        self._thread.shutdown()
         if self.mover is not None:
             self.mover.close()
         self._decoder = None
@@ -143,11 +147,32 @@ class ModelRunner:
             raise RuntimeError("the runner is closed")
         return self._decoder
 
-    def _hidden(self, batch: Batch, inputs: _Inputs, rows: Ints | None) -> torch.Tensor:
-        cache = self.cache
+    def _prepared(self, batch: Batch) -> _Step:
+        """All that is read of a batch; from here on its step may run."""
+        inputs = self._inputs(batch)
         if self.mover is not None:
             self.mover.before_writes(_written(batch, self.spec.block_size))
-        for copies in _independent(batch.copies):
+        return _Step(batch.copies, inputs, *_draws(batch, inputs))
+
+    @torch.inference_mode()
+    def _run(self, step: _Step) -> list[int]:
+        hidden = self._hidden(step.copies, step.inputs, step.rows)
+        if not step.draws:
+            return []
+        return sampler.choose(self.decoder.logits(hidden), step.draws)
+
+    def _run_behind(self, step: _Step, followed: list[tuple[int, int]]) -> list[int]:
+        """Run a launched step, with what the one before it drew: for each share that follows, which draw."""
+        drawn, self._drawn = self._drawn, []
+        for share, draw in followed:
+            if draw < len(drawn):  # else the step before failed, and nobody reads what follows it
+                step.inputs.token_ids[step.inputs.query_ends[share] - 1] = drawn[draw]
+        self._drawn = self._run(step)
+        return self._drawn
+
+    def _hidden(self, copies_first: Sequence[BlockCopy], inputs: _Inputs, rows: Ints | None) -> torch.Tensor:
+        cache = self.cache
+        for copies in _independent(copies_first):
             self._copy(cache, copies)
         plan = kernels.plan_attention(
             cache.whole,
@@ -216,6 +241,21 @@ class _Inputs:
     query_ends: Ints  # [num_seqs], of num_tokens
     context_lens: Ints  # [num_seqs]
     block_tables: Ints  # [num_seqs, max_blocks]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that may run: what is drawn, after which of the packed tokens."""
+
+    copies: Sequence[BlockCopy]
+    inputs: _Inputs
+    draws: list[Draw]
+    rows: Ints  # [num_draws]
+
+
+def _followed(batch: Batch) -> list[tuple[int, int]]:
+    """Shares whose token the step before draws, and as which draw."""
+    return [(at, share.follows) for at, share in enumerate(batch.sequences) if share.follows is not None]
 
 
 def _draws(batch: Batch, inputs: _Inputs) -> tuple[list[Draw], Ints]:

@@ -143,6 +143,7 @@ class WorkerProcess:
             holdings=holdings,
             offload=offload,
             on_broken=self._on_broken,
+            overlap=settings.overlap == "on",
         )
         self._loop = _LoopThread()
         identity = _identity(settings, spec, epoch)
