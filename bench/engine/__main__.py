@@ -1,7 +1,7 @@
-"""`python -m bench.engine make|alone|workload|facts`: checkpoints, the engine's figures, the workload beside peers.
+"""`python -m bench.engine make|alone|overlap|workload|facts`: checkpoints, the engine's figures, the workload, peers.
 
-`alone` and `facts` need neither Ray nor Redis. `workload` starts Redis, a router and a worker as processes for our own
-row; where there is no Redis, it says so and ends with code 2.
+`alone`, `overlap` and `facts` need neither Ray nor Redis. `workload` starts Redis, a router and a worker as processes
+for our own row; where there is no Redis, it says so and ends with code 2.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from bench.engine import facts
 from bench.engine.alone import BATCHES, measure_alone
 from bench.engine.checkpoints import SHAPES, checkpoint
 from bench.engine.machine import Machine, measure_machine
+from bench.engine.overlap import measure_overlap
 from bench.engine.scenario import SCENARIO, read_scenario
 from bench.engine.tables import comparison_table, markdown, number
 from pando.errors import ConfigError
@@ -67,6 +68,24 @@ def _alone(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     print(markdown(["batch", "decode tokens/s", "bandwidth bound", "of it", "us of the engine a step"], body))
     return {"machine": asdict(machine), "model": settings.model, **asdict(found)}
+
+
+def _overlap(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = _worker(arguments)
+    found = measure_overlap(settings, arguments.batches, arguments.rounds)
+    body = [
+        [
+            str(one.batch),
+            *(number(us, 0) for us in (one.lockstep_us, one.overlap_us, one.host_us)),
+            f"{one.hidden:.0%}",
+            f"{one.ratio:.3f}",
+            f"{one.ttft_ratio:.3f}",
+        ]
+        for one in found
+    ]
+    head = ["batch", "us a step in lockstep", "overlapped", "of them the host's", "hidden", "tokens/s", "first token"]
+    print(markdown(head, body))
+    return {"model": settings.model, "figures": [asdict(one) for one in found]}
 
 
 def _workload(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -182,6 +201,10 @@ def _parser() -> argparse.ArgumentParser:
     alone = commands.add_parser("alone", help="prefill and decode of the engine in this process")
     alone.add_argument("--batches", type=_numbers, default=BATCHES, help="such as 1,8,16,64")
     alone.set_defaults(run=_alone)
+    overlap = commands.add_parser("overlap", help="decode in lockstep and with steps launched early, in turns")
+    overlap.add_argument("--batches", type=_numbers, default=(1, 16), help="such as 1,8,16,64")
+    overlap.add_argument("--rounds", type=int, default=7)
+    overlap.set_defaults(run=_overlap)
     workload = commands.add_parser("workload", help="the multi-tenant workload, ours and the peers that are there")
     workload.add_argument("--scenario", type=Path, default=SCENARIO)
     workload.add_argument("--rounds", type=int, default=3)
@@ -199,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     figures.add_argument("--plot", type=Path, help="SVG of the time for a token over length")
     figures.add_argument("--plot-memory", type=Path, help="SVG of sequences in the same bytes")
     figures.set_defaults(run=_facts)
-    for one in (alone, workload, figures):
+    for one in (alone, overlap, workload, figures):
         _model_options(one)
     return parser
 

@@ -48,12 +48,13 @@ class Step:
 class OneEngine:
     """An engine that the caller steps, without reuse. `close` it."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
-        self.runner: ModelRunner = load_model_runner(settings)
+    def __init__(self, settings: WorkerSettings, runner: ModelRunner | None = None) -> None:
+        self.runner: ModelRunner = runner or load_model_runner(settings)
         spec = self.runner.spec
         self.pool = BlockPool(spec.num_blocks, spec.block_size, reuse=False)
         limits = SchedulerLimits(settings.max_batch_tokens, settings.max_sequences, 1 << 20, spec.max_model_len)
-        self._engine = Engine(self.runner, self.pool, Scheduler(self.pool, limits), self._on_step)
+        scheduler, overlap = Scheduler(self.pool, limits), settings.overlap == "on"
+        self._engine = Engine(self.runner, self.pool, scheduler, self._on_step, overlap=overlap)
         self._root = scope_root(b"bench", spec.fingerprint, "engine", block_size=spec.block_size)
         self._reports: list[StepReport] = []
         self._open = 0
