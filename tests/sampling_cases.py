@@ -1,4 +1,4 @@
-"""The case table of drawing tokens, and what each row must draw: told plainly, a row at a time, in Python's integers."""
+"""The case table of drawing tokens, and what each row must draw: told plainly, row by row, in Python's integers."""
 
 from __future__ import annotations
 
