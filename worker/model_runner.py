@@ -9,13 +9,11 @@ from __future__ import annotations
 import logging
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 import kernels
@@ -28,8 +26,9 @@ from worker.checks import check_kv, check_length
 from worker.cpu_tier import CpuTier
 from worker.models.config import ModelConfig, read_config, with_window
 from worker.models.decoder import Decoder, load_decoder
-from worker.runner import ModelSpec
-from worker.sampler import Draw
+from worker.runner import ModelSpec, StepInFlight
+from worker.step_inputs import Ints, StepInputs, independent_copies, step_inputs, written_blocks
+from worker.step_stream import StreamStep
 from worker.step_thread import ThreadStep
 from worker.weights import Checkpoint, fingerprint, weight_files
 
@@ -42,8 +41,6 @@ BYTES_PER_THREAD = 64 * 1024 * 1024
 
 # The longest sequence where attention has a window: rotary angles stay exact far beyond it.
 ENDLESS = 1 << 30
-
-Ints = npt.NDArray[np.int64]
 
 
 def load_model_runner(settings: WorkerSettings) -> ModelRunner:
@@ -105,28 +102,39 @@ class ModelRunner:
         config = decoder.config
         self._windows = tuple(dict.fromkeys(config.windows))
         self._sinks = {} if config.sink_window is None else {config.sink_window: config.sinks}
-        self._thread = ThreadPoolExecutor(1, "step")
-        self._drawn: list[int] = []  # the answer of the last launched step that ended
+        # A CUDA stream is what a thread is elsewhere: launching waits for nothing.
+        self._thread = None if self._device.type == "cuda" else ThreadPoolExecutor(1, "step")
+        self._drawn = _none_drawn(self._device)
+
+    @property
+    def runs_beside(self) -> bool:
+        return self._device.type == "cuda"
 
     def execute(self, batch: Batch) -> list[int]:
         """Run the step; one token id for each sequence that has `sampling`, in batch order."""
-        return self._run(self._prepared(batch))
+        drawn: list[int] = self._run(self._prepared(batch)).tolist()
+        return drawn
 
-    def launch(self, batch: Batch) -> ThreadStep:
-        """The step runs on a thread of its own, where native code leaves the interpreter to the caller."""
-        return ThreadStep(self._thread.submit(self._run_behind, self._prepared(batch), _followed(batch)))
+    def launch(self, batch: Batch) -> StepInFlight:
+        """The step goes to the device's stream; where that is the CPU, to a thread of its own."""
+        step = self._prepared(batch)
+        if self._thread is None:
+            return StreamStep(self._run(step))
+        return ThreadStep(self._thread.submit(lambda: self._run(step).tolist()))
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:
         """Run the step and return the logits after every token of it, `[num_tokens, vocab_size]` float32 on the CPU:
         for tests and for perplexity; nothing is sampled."""
-        hidden = self._hidden(batch.copies, self._prepared(batch).inputs, None)
+        inputs = self._prepared(batch)
+        hidden = self._hidden(inputs, self._tensor(inputs.token_ids), None)
         return self.decoder.logits(hidden).cpu()
 
     def close(self) -> None:
         """Free weights and cache, CPU memory too, when the steps launched have ended. The runner must not be used
         after."""
-        self._thread.shutdown()
+        if self._thread is not None:
+            self._thread.shutdown()
         if self.mover is not None:
             self.mover.close()
         self._decoder = None
@@ -147,33 +155,30 @@ class ModelRunner:
             raise RuntimeError("the runner is closed")
         return self._decoder
 
-    def _prepared(self, batch: Batch) -> _Step:
+    def _prepared(self, batch: Batch) -> StepInputs:
         """All that is read of a batch; from here on its step may run."""
-        inputs = self._inputs(batch)
         if self.mover is not None:
-            self.mover.before_writes(_written(batch, self.spec.block_size))
-        return _Step(batch.copies, inputs, *_draws(batch, inputs))
+            self.mover.before_writes(written_blocks(batch, self.spec.block_size))
+        return step_inputs(batch, self.spec)
 
     @torch.inference_mode()
-    def _run(self, step: _Step) -> list[int]:
-        hidden = self._hidden(step.copies, step.inputs, step.rows)
-        if not step.draws:
-            return []
-        return sampler.choose(self.decoder.logits(hidden), step.draws)
-
-    def _run_behind(self, step: _Step, followed: list[tuple[int, int]]) -> list[int]:
-        """Run a launched step, with what the one before it drew: for each share that follows, which draw."""
-        drawn, self._drawn = self._drawn, []
-        for share, draw in followed:
-            if draw < len(drawn):  # else the step before failed, and nobody reads what follows it
-                step.inputs.token_ids[step.inputs.query_ends[share] - 1] = drawn[draw]
-        self._drawn = self._run(step)
+    def _run(self, step: StepInputs) -> torch.Tensor:
+        """What is drawn, int64 on the device. Does not wait for it."""
+        drawn, self._drawn = self._drawn, _none_drawn(self._device)
+        token_ids = self._tensor(step.token_ids)
+        followed = step.followed[step.followed[:, 1] < len(drawn)]  # none is, of a step that failed
+        if len(followed):
+            at = self._tensor(followed)
+            token_ids[at[:, 0]] = drawn[at[:, 1]]
+        hidden = self._hidden(step, token_ids, step.rows)
+        if step.draws:
+            self._drawn = sampler.start(self.decoder.logits(hidden), step.draws)
         return self._drawn
 
-    def _hidden(self, copies_first: Sequence[BlockCopy], inputs: _Inputs, rows: Ints | None) -> torch.Tensor:
+    def _hidden(self, inputs: StepInputs, token_ids: torch.Tensor, rows: Ints | None) -> torch.Tensor:
         cache = self.cache
-        for copies in _independent(copies_first):
-            self._copy(cache, copies)
+        for independent in independent_copies(inputs.copies):
+            self._copy(cache, independent)
         plan = kernels.plan_attention(
             cache.whole,
             inputs.query_lens,
@@ -184,7 +189,7 @@ class ModelRunner:
             sinks=self._sinks,
         )
         return self.decoder.hidden(
-            self._tensor(inputs.token_ids),
+            token_ids,
             self._tensor(inputs.positions),
             cache.layers,
             plan,
@@ -195,101 +200,15 @@ class ModelRunner:
         pairs = self._tensor(np.array([(copy.source, copy.target) for copy in copies], dtype=np.int64))
         kernels.copy_blocks(cache.blocks, pairs[:, 0], pairs[:, 1])
 
-    def _inputs(self, batch: Batch) -> _Inputs:
-        """All index arrays of a step, each made in one go."""
-        sequences = batch.sequences
-        token_ids = np.concatenate([np.asarray(sequence.token_ids) for sequence in sequences]).astype(np.int64)
-        query_lens = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
-        starts = np.array([sequence.start for sequence in sequences], dtype=np.int64)
-        context_lens = starts + query_lens
-        query_ends = np.cumsum(query_lens)
-        widths = (-(-context_lens // self.spec.block_size)).tolist()
-        block_tables = np.full((len(sequences), max(widths)), -1, dtype=np.int64)
-        for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
-            sinks, first = self._read_blocks(sequence.start)
-            if first > sinks:
-                block_tables[row, :sinks] = sequence.block_ids[:sinks]
-            else:
-                first = 0
-            block_tables[row, first:width] = sequence.block_ids[first:width]
-        return _Inputs(
-            token_ids=token_ids,
-            positions=np.arange(len(token_ids)) + np.repeat(starts - query_ends + query_lens, query_lens),
-            query_lens=query_lens,
-            query_ends=query_ends,
-            context_lens=context_lens,
-            block_tables=block_tables,
-        )
-
-    def _read_blocks(self, start: int) -> tuple[int, int]:
-        """A step from position `start` on reads so many first blocks, and those from the second number on."""
-        spec = self.spec
-        first = 0 if spec.window is None else max(0, start - spec.window + 1) // spec.block_size
-        return -(-spec.sinks // spec.block_size), first
-
     def _tensor(self, values: Ints) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
+        there = torch.from_numpy(values)
+        if self._device.type == "cuda":  # a copy from memory that is not pinned may wait for the device
+            there = there.pin_memory()
+        return there.to(self._device, non_blocking=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """A batch as arrays; tokens of all sequences packed in order."""
-
-    token_ids: Ints  # [num_tokens]
-    positions: Ints  # [num_tokens]
-    query_lens: Ints  # [num_seqs]
-    query_ends: Ints  # [num_seqs], of num_tokens
-    context_lens: Ints  # [num_seqs]
-    block_tables: Ints  # [num_seqs, max_blocks]
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A step that may run: what is drawn, after which of the packed tokens."""
-
-    copies: Sequence[BlockCopy]
-    inputs: _Inputs
-    draws: list[Draw]
-    rows: Ints  # [num_draws]
-
-
-def _followed(batch: Batch) -> list[tuple[int, int]]:
-    """Shares whose token the step before draws, and as which draw."""
-    return [(at, share.follows) for at, share in enumerate(batch.sequences) if share.follows is not None]
-
-
-def _draws(batch: Batch, inputs: _Inputs) -> tuple[list[Draw], Ints]:
-    """What to sample, and after which of the packed tokens."""
-    draws: list[Draw] = []
-    rows: list[int] = []
-    for sequence, end in zip(batch.sequences, inputs.query_ends.tolist(), strict=True):
-        position = sequence.start + len(sequence.token_ids)
-        for sampling in sequence.draws:
-            draws.append(Draw(sampling, position, sequence.banned_token_ids))
-            rows.append(end - 1)
-    return draws, np.array(rows, dtype=np.int64)
-
-
-def _written(batch: Batch, block_size: int) -> Iterator[int]:
-    """The blocks that the step writes."""
-    yield from (copy.target for copy in batch.copies)
-    for sequence in batch.sequences:
-        last = sequence.start + len(sequence.token_ids) - 1
-        yield from sequence.block_ids[sequence.start // block_size : last // block_size + 1]
-
-
-def _independent(copies: Sequence[BlockCopy]) -> Iterator[list[BlockCopy]]:
-    """Copies in order, in runs of which none reads what one before it writes, or writes what one before it writes."""
-    run: list[BlockCopy] = []
-    targets: set[int] = set()
-    for copy in copies:
-        if copy.source in targets or copy.target in targets:
-            yield run
-            run, targets = [], set()
-        run.append(copy)
-        targets.add(copy.target)
-    if run:
-        yield run
+def _none_drawn(device: torch.device) -> torch.Tensor:
+    return torch.zeros(0, dtype=torch.int64, device=device)
 
 
 def _config(settings: WorkerSettings, folder: Path) -> ModelConfig:

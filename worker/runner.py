@@ -78,6 +78,11 @@ class Runner(Protocol):
     spec: ModelSpec
 
     @property
+    def runs_beside(self) -> bool:
+        """Whether a launched step leaves the CPU to its caller, so that launching early pays."""
+        ...
+
+    @property
     def mover(self) -> BlockMover | None:
         """The CPU tier's memory, if there is one."""
         ...

@@ -81,6 +81,11 @@ class SimulatedRunner:
                 self._blocks, num_cpu_blocks, block_s=MOVE_BLOCK_S, payload_bytes=block_bytes, clock=clock
             )
 
+    @property
+    def runs_beside(self) -> bool:
+        """As a device does: it only takes time."""
+        return True
+
     def execute(self, batch: Batch) -> list[int]:
         """Write each share's tokens to its slots, then read each whole sequence back for its next token."""
         done_at = self._clock() + self._cost.seconds(batch)

@@ -46,7 +46,15 @@ def model() -> Runner:
     return load_model_runner(SETTINGS)
 
 
-@pytest.fixture(scope="module", params=[simulated, model], ids=lambda load: load.__name__)
+def streamed() -> Runner:
+    """The model as on a device with a stream: launching gives work to it and waits for nothing."""
+    runner: Any = model()
+    runner._thread.shutdown()
+    runner._thread = None
+    return runner  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module", params=[simulated, model, streamed], ids=lambda load: load.__name__)
 def load(request: pytest.FixtureRequest) -> Callable[[], Runner]:
     return request.param  # type: ignore[no-any-return]
 
@@ -225,13 +233,22 @@ def test_a_table_may_change_when_its_step_is_launched(runner: Runner) -> None:
     assert step.tokens() == wanted
 
 
+def attempt(runner: Runner, one: ScheduledSequence) -> StepInFlight | None:
+    """A step that will fail: with its tokens, or when it is launched."""
+    try:
+        return runner.launch(Batch((one,)))
+    except (ValueError, IndexError):
+        return None
+
+
 def test_a_step_runs_behind_one_that_failed(runner: Runner) -> None:
     wanted = run(runner, share(prompt(20, seed=1), [4, 5]))
     nothing_left = (*range(runner.spec.vocab_size), 1 << 40)
-    broken = runner.launch(Batch((share(prompt(20), [0, 1], banned_token_ids=nothing_left),)))
+    broken = attempt(runner, share(prompt(20), [0, 1], banned_token_ids=nothing_left))
     behind = runner.launch(Batch((share([0], [0, 1], start=20, follows=0), share(prompt(20, seed=1), [6, 7], start=0))))
-    with pytest.raises((ValueError, IndexError)):
-        broken.tokens()
+    if broken is not None:
+        with pytest.raises((ValueError, IndexError)):
+            broken.tokens()
     assert behind.tokens()[1:] == wanted
 
 
