@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def _alone(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _overlap(arguments: argparse.Namespace) -> dict[str, Any]:
-    settings = _worker(arguments)
+    settings = replace(_worker(arguments), runner=arguments.runner, simulated_step_ms=arguments.simulated_step_ms)
     found = measure_overlap(settings, arguments.batches, arguments.rounds)
     body = [
         [
@@ -204,6 +204,8 @@ def _parser() -> argparse.ArgumentParser:
     overlap = commands.add_parser("overlap", help="decode in lockstep and with steps launched early, in turns")
     overlap.add_argument("--batches", type=_numbers, default=(1, 16), help="such as 1,8,16,64")
     overlap.add_argument("--rounds", type=int, default=7)
+    overlap.add_argument("--runner", choices=("model", "simulated"), default="model")
+    overlap.add_argument("--simulated-step-ms", type=float, default=5.0)
     overlap.set_defaults(run=_overlap)
     workload = commands.add_parser("workload", help="the multi-tenant workload, ours and the peers that are there")
     workload.add_argument("--scenario", type=Path, default=SCENARIO)

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from bench.engine.machine import Machine
 from bench.engine.scenario import random_ids
@@ -48,7 +49,8 @@ class Step:
 class OneEngine:
     """An engine that the caller steps, without reuse. `close` it."""
 
-    def __init__(self, settings: WorkerSettings, runner: ModelRunner | None = None) -> None:
+    def __init__(self, settings: WorkerSettings, runner: Any = None) -> None:
+        """`runner`: of another engine that rests meanwhile, of a model or simulated."""
         self.runner: ModelRunner = runner or load_model_runner(settings)
         spec = self.runner.spec
         self.pool = BlockPool(spec.num_blocks, spec.block_size, reuse=False)

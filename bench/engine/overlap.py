@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from bench.engine.alone import DECODE_CONTEXT, OneEngine, Step, decode_steps
 from bench.engine.scenario import random_ids
 from pando.settings import WorkerSettings
 from worker.model_runner import load_model_runner
+from worker.runner import Runner
+from worker.simulated_runner import load_simulated_runner
 
 STEPS = 64
 
@@ -38,10 +40,13 @@ class OverlapFigures:
 
 
 def measure_overlap(settings: WorkerSettings, batches: Sequence[int], rounds: int) -> list[OverlapFigures]:
-    """Decode at each batch size, both ways in each round."""
+    """Decode at each batch size, both ways in each round; a simulated runner's device takes no CPU from the host."""
     blocks = -(-max(batches) * (DECODE_CONTEXT + STEPS + settings.block_size) // settings.block_size)
     settings = replace(settings, device_blocks=blocks, max_sequences=max(batches))
-    runner = load_model_runner(settings)
+    load: Callable[[WorkerSettings], Runner] = load_model_runner
+    if settings.runner == "simulated":
+        load = load_simulated_runner
+    runner = load(settings)
     try:
         ways = [OneEngine(replace(settings, overlap=overlap), runner) for overlap in ("off", "on")]
         for engine in ways:
