@@ -143,7 +143,7 @@ class WorkerProcess:
             holdings=holdings,
             offload=offload,
             on_broken=self._on_broken,
-            overlap=_overlaps(settings, self._runner),
+            overlap=overlaps(settings, self._runner),
         )
         self._loop = _LoopThread()
         identity = _identity(settings, spec, epoch)
@@ -267,8 +267,8 @@ def _offload(runner: Runner, pool: BlockPool) -> Offload | None:
     return Offload(pool, runner.mover)
 
 
-def _overlaps(settings: WorkerSettings, runner: Runner) -> bool:
-    """On the CPU that computes, what is done beside a step is taken from it."""
+def overlaps(settings: WorkerSettings, runner: Runner) -> bool:
+    """Whether steps are launched early. On the CPU that computes, what is done beside a step is taken from it."""
     return runner.runs_beside if settings.overlap == "auto" else settings.overlap == "on"
 
 

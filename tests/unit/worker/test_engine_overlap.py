@@ -11,9 +11,11 @@ import pytest
 
 from kvstore.block_pool import BlockPool
 from kvstore.scope import Region, ScopeRoot
+from pando.settings import WorkerSettings
 from worker.admission import SchedulerLimits
 from worker.batch import Batch, SamplingParams
 from worker.engine import Engine, StepReport
+from worker.process import overlaps
 from worker.runner import ModelSpec
 from worker.scheduler import Scheduler
 from worker.sequence import Finish, SequenceOutput, SequenceRequest
@@ -217,6 +219,54 @@ def test_a_launch_that_fails_is_its_sequences_error(make: Callable[..., Fixture]
     ends.add(it.end_of(3).finish)
     assert ends == {Finish.ERROR, Finish.LENGTH}
     assert not it.broken.is_set()
+
+
+class Comer:
+    """Time in which somebody comes at a certain moment."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.at = float("inf")
+        self.come: Callable[[], None] = lambda: None
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        if self.now > self.at:
+            self.at = float("inf")
+            self.come()
+
+
+@pytest.mark.parametrize("moment", [0.1, 0.5, 0.85])
+def test_who_comes_in_the_middle_of_a_step_is_in_the_next_one(moment: float) -> None:
+    time = Comer()
+    step_s = 0.01
+    runner = SimulatedRunner(SPEC, StepCost(step_s, 0.0), sleep=time.sleep, clock=lambda: time.now)
+    pool = BlockPool(SPEC.num_blocks, SPEC.block_size)
+    scheduler = Scheduler(pool, SchedulerLimits(64, 16, 1000, SPEC.max_model_len))
+    reports: list[StepReport] = []
+    engine = Engine(runner, pool, scheduler, reports.append, clock=lambda: time.now, overlap=True)
+
+    def submit(sequence_id: int) -> None:
+        tokens = array("I", [sequence_id + 3, 4, 5])
+        params = SamplingParams(max_tokens=12)
+        engine.submit(SequenceRequest(sequence_id, tokens, len(tokens), (Region(ROOT, None),), params))
+
+    submit(1)
+    for _ in range(5):
+        engine.step()
+    time.at, time.come = time.now + moment * step_s, lambda: submit(2)
+    running = len([report for report in reports if report.batch is not None])
+    while scheduler.num_sequences or engine.step():
+        engine.step()
+    batches = [report.batch for report in reports if report.batch is not None]
+    assert [len(batch.sequences) for batch in batches[running : running + 2]] == [1, 2]
+    assert {share.follows for share in batches[running + 1].sequences} == {0, None}
+
+
+@pytest.mark.parametrize(("asked", "found"), [("auto", True), ("on", True), ("off", False)])
+def test_a_device_that_leaves_the_cpu_alone_is_overlapped(asked: str, found: bool) -> None:
+    runner = SimulatedRunner(SPEC, StepCost(0.0, 0.0))
+    assert overlaps(WorkerSettings(overlap=asked), runner) is found
 
 
 def test_a_stop_waits_for_the_steps_on_their_way(make: Callable[..., Fixture]) -> None:
