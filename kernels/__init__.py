@@ -22,6 +22,7 @@ of both may stand a `StoredKV`, which holds the same in another format than it i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
@@ -30,8 +31,11 @@ import torch.nn.functional as F
 
 from kernels import cpu, reference
 from kernels import plan as host_plan
-from kernels.cpu import CpuPlan, PackedWeight
+from kernels.cpu_calls import num_threads, set_num_threads
+from kernels.cpu_layers import CpuStack, LayerWeights, stack_of
 from kernels.cpu_library import library
+from kernels.cpu_plan import CpuPlan
+from kernels.cpu_weights import PackedWeight
 from kernels.device_plan import DevicePlan
 from kernels.quantize import FORMATS, KV, KVFormat, StoredKV, stored
 from kernels.sampling import Draws, plan_draws
@@ -44,28 +48,46 @@ __all__ = [
     "FORMATS",
     "KV",
     "AttentionPlan",
+    "CpuStack",
     "Draws",
     "KVFormat",
+    "LastRows",
+    "LayerWeights",
     "StoredKV",
     "Weight",
     "add_rms_norm",
     "attention",
     "copy_blocks",
+    "gated_linear",
     "head_rms_norm_",
     "linear",
     "merge_states",
+    "num_threads",
     "pack",
+    "pack_gated",
     "plan_attention",
     "plan_draws",
     "rms_norm",
     "rotary_",
     "rotary_write_kv",
+    "run_layers",
     "sample",
+    "set_num_threads",
     "silu_mul",
     "sink_attention",
+    "stack",
     "stored",
     "write_kv",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class LastRows:
+    """Rows of a step, of which alone the result is wanted: `rows[n]` int64, and the plan of their queries, one token
+    each; None where there are no rows."""
+
+    rows: torch.Tensor
+    plan: AttentionPlan | None
 
 
 @cache
@@ -94,11 +116,49 @@ def pack(weight: torch.Tensor) -> Weight:
     return packed
 
 
+def pack_gated(weight: torch.Tensor) -> Weight:
+    """`weight[2 * outputs, inputs]`, gates first, as `gated_linear` takes it."""
+    packed: Weight = cpu.pack(weight, gated=True) if _operations(weight) is cpu else weight
+    return packed
+
+
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x[num_tokens, inputs] @ weight.T + bias[outputs]`."""
-    if isinstance(weight, PackedWeight):
-        return cpu.linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return weight.times(x, bias) if isinstance(weight, PackedWeight) else F.linear(x, weight, bias)
+
+
+def gated_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`silu(gate) * up` of `linear` with a weight of `pack_gated`: `[num_tokens, outputs]`."""
+    return weight.times(x, bias) if isinstance(weight, PackedWeight) else silu_mul(F.linear(x, weight, bias))
+
+
+def stack(
+    layers: Sequence[LayerWeights], norm: torch.Tensor, *, num_heads: int, head_dim: int, norm_eps: float
+) -> CpuStack | None:
+    """Packed layers, and the norm behind them, for `run_layers`; None where they go operation by operation."""
+    if norm.device.type != "cpu" or _cpu_operations() is not cpu:
+        return None
+    return stack_of(layers, norm, num_heads=num_heads, head_dim=head_dim, norm_eps=norm_eps)
+
+
+def run_layers(
+    layers: CpuStack | None,
+    embedded: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    layers_kv: Sequence[KV],
+    plan: AttentionPlan,
+    *,
+    last: LastRows | None = None,
+) -> torch.Tensor | None:
+    """All layers over `embedded[num_tokens, hidden_size]` and the norm behind them, of all rows or of `last`: the same
+    shape, or `[n, hidden_size]`. `angles` are the cosine and sine of `rotary_`. The step's KV is written. None if this
+    step must go operation by operation."""
+    if layers is None or not isinstance(plan, CpuPlan) or not layers.takes(layers_kv):
+        return None
+    if last is None:
+        return layers.run(embedded, angles, layers_kv, plan)
+    assert last.plan is None or isinstance(last.plan, CpuPlan)
+    return layers.run(embedded, angles, layers_kv, plan, last=(last.rows, last.plan))
 
 
 def plan_attention(

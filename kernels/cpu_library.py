@@ -20,7 +20,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "native"
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-pthread", "-fPIC", "-shared")
 COMPILERS = ("c++", "g++")
 SWITCH = "KERNELS_NATIVE"
 """Set to 0, this environment variable keeps the operations in plain torch."""

@@ -52,11 +52,15 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
         raise ConfigError("--kv-dtype fp8 needs a device of compute capability 8.9 or later")
     folder = resolve_model(settings.model)
     config = _config(settings, folder)
+    threads = settings.threads or _worthwhile_threads(folder, available=_cores())
     if device.type == "cpu":
-        torch.set_num_threads(settings.threads or _worthwhile_threads(folder, available=_cores()))
+        torch.set_num_threads(threads)
     with torch.inference_mode(), Checkpoint(folder, device=device, dtype=dtype) as checkpoint:
         decoder = load_decoder(config, checkpoint)
     cache = _allocate(settings, config, dtype, device)
+    if decoder.stack is not None and isinstance(cache.whole, torch.Tensor):
+        kernels.set_num_threads(threads)
+        torch.set_num_threads(1)  # it has little to do, and its threads would take the cores
     spec = ModelSpec(
         name=Path(settings.model).name if Path(settings.model).is_dir() else settings.model,
         fingerprint=fingerprint(folder, config, _kv_name(settings, dtype)),
@@ -170,30 +174,45 @@ class ModelRunner:
         if len(followed):
             at = self._tensor(followed)
             token_ids[at[:, 0]] = drawn[at[:, 1]]
-        hidden = self._hidden(step, token_ids, step.rows)
+        wanted, rows = np.unique(step.wanted, return_inverse=True)
+        hidden = self._hidden(step, token_ids, wanted)
         if step.draws:
+            if len(hidden) < len(step.draws):  # forks draw from one row
+                hidden = hidden.index_select(0, self._tensor(rows))
             self._drawn = sampler.start(self.decoder.logits(hidden), step.draws)
         return self._drawn
 
-    def _hidden(self, inputs: StepInputs, token_ids: torch.Tensor, rows: Ints | None) -> torch.Tensor:
+    def _hidden(self, inputs: StepInputs, token_ids: torch.Tensor, wanted: Ints | None) -> torch.Tensor:
+        """After the last token of each of the `wanted` sequences, by their number in the batch, or after all tokens."""
         cache = self.cache
-        for independent in independent_copies(inputs.copies):
-            self._copy(cache, independent)
-        plan = kernels.plan_attention(
-            cache.whole,
-            inputs.query_lens,
-            inputs.context_lens,
-            inputs.block_tables,
+        for copies in independent_copies(inputs.copies):
+            self._copy(cache, copies)
+        plan = self._plan(inputs.query_lens, inputs.context_lens, inputs.block_tables)
+        rows = None if wanted is None else inputs.query_ends[wanted] - 1
+        whole = rows is None or len(rows) == len(inputs.token_ids)
+        last = None
+        if rows is not None and wanted is not None and not whole and self._device.type == "cpu":
+            last = kernels.LastRows(self._tensor(rows), self._plan_last(inputs, wanted))
+        hidden = self.decoder.hidden(token_ids, self._tensor(inputs.positions), cache.layers, plan, last)
+        if rows is None or whole or last is not None:
+            return hidden
+        return hidden.index_select(0, self._tensor(rows))
+
+    def _plan_last(self, inputs: StepInputs, wanted: Ints) -> kernels.AttentionPlan | None:
+        """Of the last token alone of these sequences, which is all that the last layer has to attend for."""
+        if not len(wanted):
+            return None
+        return self._plan(np.ones_like(wanted), inputs.context_lens[wanted], inputs.block_tables[wanted])
+
+    def _plan(self, query_lens: Ints, context_lens: Ints, block_tables: Ints) -> kernels.AttentionPlan:
+        return kernels.plan_attention(
+            self.cache.whole,
+            query_lens,
+            context_lens,
+            block_tables,
             num_heads=self.decoder.config.num_heads,
             windows=self._windows,
             sinks=self._sinks,
-        )
-        return self.decoder.hidden(
-            token_ids,
-            self._tensor(inputs.positions),
-            cache.layers,
-            plan,
-            None if rows is None else self._tensor(rows),
         )
 
     def _copy(self, cache: kv_cache.KVCache, copies: Sequence[BlockCopy]) -> None:

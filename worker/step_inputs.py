@@ -25,11 +25,12 @@ class StepInputs:
     token_ids: Ints  # [num_tokens]
     positions: Ints  # [num_tokens]
     query_lens: Ints  # [num_seqs]
+    query_ends: Ints  # [num_seqs], of num_tokens
     context_lens: Ints  # [num_seqs]
     block_tables: Ints  # [num_seqs, max_blocks]
     copies: tuple[BlockCopy, ...]
     draws: list[Draw]
-    rows: Ints  # [num_draws]: after which of the packed tokens
+    wanted: Ints  # [num_draws]: after which of the sequences
     followed: Ints  # [num_followed, 2]: which of the packed tokens the step before draws, and as which draw
 
 
@@ -41,16 +42,17 @@ def step_inputs(batch: Batch, spec: ModelSpec) -> StepInputs:
     starts = np.array([sequence.start for sequence in sequences], dtype=np.int64)
     context_lens = starts + query_lens
     query_ends = np.cumsum(query_lens)
-    draws, rows = _draws(batch, query_ends)
+    draws, wanted = _draws(batch)
     return StepInputs(
         token_ids=token_ids,
         positions=np.arange(len(token_ids)) + np.repeat(starts - query_ends + query_lens, query_lens),
         query_lens=query_lens,
+        query_ends=query_ends,
         context_lens=context_lens,
         block_tables=_block_tables(batch, context_lens, spec),
         copies=batch.copies,
         draws=draws,
-        rows=rows,
+        wanted=wanted,
         followed=_followed(batch, query_ends),
     )
 
@@ -96,15 +98,15 @@ def _read_blocks(start: int, spec: ModelSpec) -> tuple[int, int]:
     return -(-spec.sinks // spec.block_size), first
 
 
-def _draws(batch: Batch, query_ends: Ints) -> tuple[list[Draw], Ints]:
-    """What to sample, and after which of the packed tokens."""
+def _draws(batch: Batch) -> tuple[list[Draw], Ints]:
+    """What to sample, and after which of the sequences, by their number in the batch."""
     draws: list[Draw] = []
-    rows: list[int] = []
-    for sequence, end in zip(batch.sequences, query_ends.tolist(), strict=True):
+    wanted: list[int] = []
+    for index, sequence in enumerate(batch.sequences):
         for sampling in sequence.draws:
             draws.append(Draw(sampling, sequence.end, sequence.banned_token_ids))
-            rows.append(end - 1)
-    return draws, np.array(rows, dtype=np.int64)
+            wanted.append(index)
+    return draws, np.array(wanted, dtype=np.int64)
 
 
 def _followed(batch: Batch, query_ends: Ints) -> Ints:

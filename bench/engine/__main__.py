@@ -1,7 +1,7 @@
-"""`python -m bench.engine make|alone|overlap|workload|facts`: checkpoints, the engine's figures, the workload, peers.
+"""`python -m bench.engine make|alone|overlap|profile|workload|facts`: checkpoints, the engine's figures, and peers.
 
-`alone`, `overlap` and `facts` need neither Ray nor Redis. `workload` starts Redis, a router and a worker as processes
-for our own row; where there is no Redis, it says so and ends with code 2.
+`alone`, `overlap`, `profile` and `facts` need neither Ray nor Redis. `workload` starts Redis, a router and a worker
+as processes for our own row; where there is no Redis, it says so and ends with code 2.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ import torch
 from bench.engine import facts
 from bench.engine.alone import BATCHES, measure_alone
 from bench.engine.checkpoints import SHAPES, checkpoint
-from bench.engine.machine import Machine, measure_machine
+from bench.engine.machine import Machine, measure_machine, processor
 from bench.engine.overlap import measure_overlap
+from bench.engine.profile import PARTS, Profile, measure_profile
+from bench.engine.roofline import Model, bounds
 from bench.engine.scenario import SCENARIO, read_scenario
-from bench.engine.tables import comparison_table, markdown, number
+from bench.engine.tables import markdown, number
 from pando.errors import ConfigError
 from pando.settings import WorkerSettings
 from worker.models.config import read_config
@@ -41,8 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: {error.message}", file=sys.stderr)
         return 2
     if getattr(arguments, "json", None):
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+        _write(arguments.json, figures)
     return 0
+
+
+def _write(path: Path, figures: dict[str, Any]) -> None:
+    _replace(path, json.dumps(figures, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """All at once: whoever is stopped meanwhile leaves the old one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, "utf-8")
+    partial.rename(path)
 
 
 def _make(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -53,7 +68,7 @@ def _make(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _alone(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = _worker(arguments)
-    machine = _machine(arguments)
+    machine = _machine(settings)
     found = measure_alone(settings, machine, arguments.batches)
     print(f"prefill of 4,096 tokens: {found.prefill_tokens_per_s:,.0f} tokens/s, {found.mfu:.1%} of the matmul rate\n")
     body = [
@@ -90,47 +105,70 @@ def _overlap(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _workload(arguments: argparse.Namespace) -> dict[str, Any]:
     # Redis, gRPC and HTTP are needed here alone.
-    from bench.engine.comparison import PeerOptions, compare
-    from bench.engine.systems import Serving
+    from bench.engine.comparison import Contest, PeerOptions, Results, compare
+    from bench.engine.report import document, text
+    from bench.engine.systems import serving_for
 
     scenario = read_scenario(arguments.scenario)
     settings = _worker(arguments)
-    folder = Path(settings.model)
-    machine = _machine(arguments)
-    open_tokens = scenario.concurrency * (scenario.prompt_tokens + scenario.output_tokens + settings.block_size)
-    length = max(scenario.prompt_tokens + scenario.output_tokens, 4096) + 64
-    serving = Serving(
-        folder, settings.dtype, settings.threads, scenario.concurrency,
-        kv_tokens=max(2 * open_tokens, 2 * length), length=length, device=settings.device,
-    )  # fmt: skip
-    logs = arguments.logs or Path(tempfile.mkdtemp(prefix="pando-bench-peers-"))
-    logs.mkdir(parents=True, exist_ok=True)
+    config = read_config(Path(settings.model))
+    limits = bounds(Model(config, getattr(torch, settings.dtype).itemsize), scenario)
+    about = {"model": Path(settings.model).name, "dtype": settings.dtype, "threads": settings.threads}
+    title = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in (about | asdict(scenario)).items())
+    about |= {"processor": processor(), "torch": torch.__version__, "scenario": asdict(scenario)}
+
+    def on_round(results: Results) -> None:
+        if arguments.json:
+            _write(arguments.json, document(results, limits, about))
+            _replace(arguments.json.with_suffix(".md"), text(results, limits, title))
+        else:
+            print(text(results, limits, title), flush=True)
+
+    contest = Contest(scenario, config.vocab_size, arguments.rounds, lambda: _rates(settings), _say, on_round)
+    logs = arguments.logs or Path(tempfile.mkdtemp(prefix="pando-bench-logs-"))
     peers = PeerOptions(
-        urls=dict(_named(one) for one in arguments.peer),
-        vllm_python=arguments.vllm_python,
-        vllm_preload=arguments.vllm_preload,
-        llama_server=arguments.llama_server,
-        transformers=arguments.transformers,
-        logs=logs,
-    )
-    rows, absent = compare(
-        serving, settings, scenario, read_config(folder).vocab_size, peers, rounds=arguments.rounds, say=_say
-    )
-    found = [row.document() for row in rows]
-    print(f"{scenario}, {arguments.rounds} rounds, medians\n")
-    print(comparison_table(found))
-    for line in [f"failed: {one['name']}: {one['failure']}" for one in found if one["failure"]]:
-        print(line)
-    for line in absent:
-        print(f"absent: {line}")
-    load = os.getloadavg()[0]
-    return {
-        "machine": asdict(machine),
-        "load_after": load,
-        "scenario": asdict(scenario),
-        "rows": found,
-        "absent": absent,
-    }
+        dict(_named(one) for one in arguments.peer), arguments.vllm_python, arguments.vllm_preload,
+        arguments.llama_server, arguments.transformers, logs,
+    )  # fmt: skip
+    with _ended_by_sigterm():
+        results = compare(serving_for(settings, scenario), settings, peers, contest)
+    if arguments.json:
+        print(text(results, limits, title))
+    return document(results, limits, about)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """As by Ctrl-C: what was begun is ended, and the logs are kept."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _profile(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = _worker(arguments)
+    machine = _machine(settings)
+    found = measure_profile(settings, read_scenario(arguments.scenario))
+    head = ["part", *(cell for one in found for cell in (f"{one.name}: ms a step", "share"))]
+    body = [
+        [part, *(cell for one in found for cell in (number(one.parts_ms[part], 3), _share(one, part)))]
+        for part in PARTS
+    ]
+    body.append(["all of a step", *(cell for one in found for cell in (number(one.wall_ms, 3), ""))])
+    body.append(["without timers", *(cell for one in found for cell in (number(one.untimed_ms, 3), ""))])
+    body.append(["steps", *(cell for one in found for cell in (str(one.steps), ""))])
+    print(markdown(head, body))
+    return {"machine": asdict(machine), "model": settings.model, "profiles": [asdict(one) for one in found]}
+
+
+def _share(one: Profile, part: str) -> str:
+    return f"{one.parts_ms[part] / one.wall_ms:.1%}"
 
 
 def _facts(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -168,8 +206,12 @@ def _worker(arguments: argparse.Namespace) -> WorkerSettings:
     )  # fmt: skip
 
 
-def _machine(arguments: argparse.Namespace) -> Machine:
-    found = measure_machine(arguments.device, getattr(torch, arguments.dtype), arguments.threads)
+def _rates(settings: WorkerSettings) -> Machine:
+    return measure_machine(settings.device, getattr(torch, settings.dtype), settings.threads)
+
+
+def _machine(settings: WorkerSettings) -> Machine:
+    found = _rates(settings)
     print(
         f"{found.name}, {found.threads} threads, torch {found.torch_version}, {found.dtype}: "
         f"{found.read_gb_s:,.1f} GB/s, matmul {found.matmul_gflop_s:,.0f} GFLOP/s, "
@@ -207,6 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     overlap.add_argument("--runner", choices=("model", "simulated"), default="model")
     overlap.add_argument("--simulated-step-ms", type=float, default=5.0)
     overlap.set_defaults(run=_overlap)
+    profile = commands.add_parser("profile", help="where the time of a step goes, on the CPU")
+    profile.add_argument("--scenario", type=Path, default=SCENARIO, help="whose mixed steps")
+    profile.set_defaults(run=_profile)
     workload = commands.add_parser("workload", help="the multi-tenant workload, ours and the peers that are there")
     workload.add_argument("--scenario", type=Path, default=SCENARIO)
     workload.add_argument("--rounds", type=int, default=3)
@@ -224,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     figures.add_argument("--plot", type=Path, help="SVG of the time for a token over length")
     figures.add_argument("--plot-memory", type=Path, help="SVG of sequences in the same bytes")
     figures.set_defaults(run=_facts)
-    for one in (alone, overlap, workload, figures):
+    for one in (alone, overlap, profile, workload, figures):
         _model_options(one)
     return parser
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.engine.machine import Machine
-from bench.engine.scenario import random_ids
+from bench.engine.scenario import PREFILL_TOKENS, random_ids
 from kvstore.block_pool import BlockPool
 from kvstore.scope import Region, scope_root
 from pando.settings import WorkerSettings
@@ -32,32 +32,32 @@ from worker.sequence import Finish, SequenceRequest
 DECODE_CONTEXT = 256
 DECODE_STEPS = 32
 BATCHES = (1, 8, 16, 64)
-PREFILL_TOKENS = 4096
 PREFILL_REPEATS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One engine step: `wall_s` all of it, `run_s` the part in the runner."""
+    """One engine step: `wall_s` all of it, `run_s` the part in the runner. `decoding` of its sequences computed one
+    token."""
 
     wall_s: float
     run_s: float
     sequences: int
     tokens: int
+    decoding: int
 
 
 class OneEngine:
-    """An engine that the caller steps, without reuse. `close` it."""
+    """An engine that the caller steps. `close` it."""
 
-    def __init__(self, settings: WorkerSettings, runner: Any = None) -> None:
+    def __init__(self, settings: WorkerSettings, runner: Any = None, *, reuse: bool = False) -> None:
         """`runner`: of another engine that rests meanwhile, of a model or simulated."""
         self.runner: ModelRunner = runner or load_model_runner(settings)
         spec = self.runner.spec
-        self.pool = BlockPool(spec.num_blocks, spec.block_size, reuse=False)
+        self.pool = BlockPool(spec.num_blocks, spec.block_size, reuse=reuse)
         limits = SchedulerLimits(settings.max_batch_tokens, settings.max_sequences, 1 << 20, spec.max_model_len)
         scheduler, overlap = Scheduler(self.pool, limits), settings.overlap == "on"
         self._engine = Engine(self.runner, self.pool, scheduler, self._on_step, overlap=overlap)
-        self._root = scope_root(b"bench", spec.fingerprint, "engine", block_size=spec.block_size)
         self._reports: list[StepReport] = []
         self._open = 0
         self._next_id = 0
@@ -67,13 +67,20 @@ class OneEngine:
         """Of the model."""
         return self.runner.decoder.config
 
-    def submit(self, token_ids: Sequence[int], output_tokens: int) -> None:
-        """Queue a prompt; greedy, to the full number of output tokens."""
+    @property
+    def num_open(self) -> int:
+        """Sequences submitted and not yet ended."""
+        return self._open
+
+    def submit(self, token_ids: Sequence[int], output_tokens: int, *, owner: str = "engine") -> None:
+        """Queue a prompt; greedy, to the full number of output tokens. It may reuse what `owner` computed."""
+        spec = self.runner.spec
+        root = scope_root(b"bench", spec.fingerprint, owner, block_size=spec.block_size)
         sampling = SamplingParams(max_tokens=output_tokens)  # no stop token: to the full length
         self._open += 1
         self._next_id += 1
         ids = array("I", token_ids)
-        self._engine.submit(SequenceRequest(self._next_id, ids, len(ids), (Region(self._root, None),), sampling))
+        self._engine.submit(SequenceRequest(self._next_id, ids, len(ids), (Region(root, None),), sampling))
 
     def run(self) -> Iterator[Step]:
         """Step until all that was submitted has ended."""
@@ -84,8 +91,8 @@ class OneEngine:
             wall_s = time.perf_counter() - began
             for report in self._reports:
                 if report.batch is not None:
-                    shares = report.batch.sequences
-                    yield Step(wall_s, report.seconds, len(shares), sum(len(share.token_ids) for share in shares))
+                    counts = [len(share.token_ids) for share in report.batch.sequences]
+                    yield Step(wall_s, report.seconds, len(counts), sum(counts), counts.count(1))
 
     def close(self) -> None:
         """Free the model."""
@@ -101,9 +108,9 @@ class OneEngine:
 
 
 @contextmanager
-def one_engine(settings: WorkerSettings) -> Iterator[OneEngine]:
+def one_engine(settings: WorkerSettings, *, reuse: bool = False) -> Iterator[OneEngine]:
     """An engine, warmed up, closed at the end."""
-    engine = OneEngine(settings)
+    engine = OneEngine(settings, reuse=reuse)
     try:
         engine.submit(range(300, 316), 4)
         list(engine.run())

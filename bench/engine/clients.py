@@ -57,7 +57,8 @@ class OpenAISystem:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        limits = aiohttp.TCPConnector(limit=0)
+        # Some servers close a connection between two requests without a word: each request has its own, for all alike.
+        limits = aiohttp.TCPConnector(limit=0, force_close=True)
         self._session = aiohttp.ClientSession(connector=limits, timeout=aiohttp.ClientTimeout(total=TIMEOUT_S))
         return self
 

@@ -1,35 +1,41 @@
 """The multi-tenant workload on our fleet and on every peer that is there, in rounds that take turns.
 
-Knows systems by their faces. Invariant: all have the same prompts, the same threads and the same room for KV, and a
-peer that is absent is named as absent.
+Knows systems by their faces. Invariant: all have the same prompts, the same threads and the same room for KV; while
+one is measured the others are paused or idle, which is measured too; a peer that is absent is named as absent.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.engine.clients import OpenAISystem, PandoSystem
-from bench.engine.drive import System, WorkloadFigures, measure_single, measure_workload, median_of
+from bench.engine.drive import Figures, measure_system
+from bench.engine.machine import Machine
+from bench.engine.processes import ProcessTree, paused
 from bench.engine.scenario import MultiTenant
-from bench.engine.systems import Serving, llama_server, pando_fleets, vllm_server
+from bench.engine.systems import Serving, llama_server, pando_fleets, swept_logs, vllm_server
 from bench.engine.transformers_peer import TransformersPeer
+from control.children import descendants
 from pando.errors import ConfigError
 from pando.settings import WorkerSettings
 
-Say = Callable[[str], None]
 PEERS = ("vllm", "llama.cpp", "transformers")
 MODEL = "bench"
+WARM_UP = -1
 
 
 @dataclass(frozen=True, slots=True)
 class PeerOptions:
-    """Where peers are: `urls` of servers that run already, by name, or what starts them."""
+    """Where peers are: `urls` of servers that run already, by name, or what starts them. What they say is in `logs`
+    when all is over."""
 
     urls: dict[str, str] = field(default_factory=dict)
     vllm_python: Path | None = None
@@ -39,72 +45,193 @@ class PeerOptions:
     logs: Path = Path()
 
 
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """What all have to do: `rounds` of `scenario`. `machine` measures what the machine can do; `say` tells what came
+    of each, `on_round` of all so far."""
+
+    scenario: MultiTenant
+    vocab_size: int
+    rounds: int
+    machine: Callable[[], Machine]
+    say: Callable[[str], None]
+    on_round: Callable[[Results], None]
+
+
 @dataclass(slots=True)
-class Row:
-    """One line of the table; a list has a value a round. `reuse` is empty where a system cannot."""
+class Contestant:
+    """A line of the table. `measure` adds to the figures as it comes by them; `processes` are None for a server that
+    was there before us; `pausable` says whether it keeps no lease that would lapse."""
 
     name: str
-    reuse: list[WorkloadFigures] = field(default_factory=list)
-    without: list[WorkloadFigures] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
-    prefill: list[float] = field(default_factory=list)
+    measure: Callable[[MultiTenant, int, Figures], Awaitable[None]]
+    processes: ProcessTree | None = None
+    pausable: bool = True
     failure: str = ""
 
-    def document(self) -> dict[str, Any]:
-        """Medians, and every round."""
-        return {
-            "name": self.name,
-            "workload_tokens_per_s": median_of([one.tokens_per_s for one in self.reuse]),
-            "ttft_p50_s": median_of([one.ttft_p50_s for one in self.reuse]),
-            "ttft_p99_s": median_of([one.ttft_p99_s for one in self.reuse]),
-            "without_tokens_per_s": median_of([one.tokens_per_s for one in self.without]),
-            "without_ttft_p50_s": median_of([one.ttft_p50_s for one in self.without]),
-            "without_ttft_p99_s": median_of([one.ttft_p99_s for one in self.without]),
-            "decode_tokens_per_s": median_of(self.decode),
-            "prefill_tokens_per_s": median_of(self.prefill),
-            "failure": self.failure,
-            "rounds": {name: value for name, value in asdict(self).items() if name not in ("name", "failure")},
-        }
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """`load`: the machine's average before it, `figures` by system; `order` is who came first."""
+
+    number: int
+    order: tuple[str, ...]
+    load: float
+    machine: Machine
+    figures: dict[str, Figures]
 
 
-def compare(
-    serving: Serving, worker: WorkerSettings, scenario: MultiTenant, vocab_size: int, peers: PeerOptions,
-    *, rounds: int, say: Say,
-) -> tuple[list[Row], list[str]]:  # fmt: skip
-    """A row for each that could be run, and a line for each peer that was not there. From the main thread."""
-    absent = []
+@dataclass(frozen=True, slots=True)
+class Results:
+    """All that was measured so far. `failures` and `absent`: by name, why."""
+
+    names: tuple[str, ...]
+    rounds: tuple[Round, ...]
+    failures: dict[str, str]
+    absent: dict[str, str]
+
+
+def compare(serving: Serving, worker: WorkerSettings, peers: PeerOptions, contest: Contest) -> Results:
+    """Start all that is there and measure. From the main thread."""
     with ExitStack() as parts:
-        fleets = parts.enter_context(pando_fleets(serving, worker))
-        say("our fleets are up")
-        systems: list[tuple[System, Row]] = [(PandoSystem(*fleets), Row("pando"))]
-        for name, start in _servers(serving, peers).items():
-            try:
-                url = parts.enter_context(start())
-            except ConfigError as error:
-                absent.append(f"{name}: {error.message}")
-                continue
-            say(f"{name} is up")
-            systems.append((OpenAISystem(url, MODEL, name), Row(name)))
-        local = None
+        logs = parts.enter_context(swept_logs(peers.logs))
+        begun = _Begun(parts, contest)
+        begun.pando(serving, worker)
+        for name, start in _servers(serving, peers, logs).items():
+            begun.server(name, start)
         if peers.transformers:
-            local = TransformersPeer(serving.folder, serving.dtype, serving.threads)
-            parts.callback(local.close)
-        absent += [f"{name}: not asked for" for name in _not_asked(peers)]
-        local_rows = [Row("transformers generate"), Row("transformers continuous batching")] if local else []
-        contest = _Contest(scenario, vocab_size, say, systems, local, local_rows)
-        asyncio.run(contest.run(rounds))
-    return [*(row for _, row in systems), *local_rows], absent
+            begun.transformers(serving, logs / "transformers.log")
+        absent = begun.absent | dict.fromkeys(_not_asked(peers), "not asked for")
+        return asyncio.run(run_contest(contest, begun.contestants, begun.clients, absent))
 
 
-def _servers(serving: Serving, peers: PeerOptions) -> dict[str, Callable[[], Any]]:
+async def run_contest(
+    contest: Contest,
+    contestants: Sequence[Contestant],
+    clients: Sequence[AbstractAsyncContextManager[Any]],
+    absent: dict[str, str],
+) -> Results:
+    """All rounds; who was first is last in the next. One more before them is small and not kept: libraries load, rates
+    are learnt."""
+    small = replace(contest.scenario, requests=contest.scenario.tenants)
+    rounds: list[Round] = []
+    async with AsyncExitStack() as parts:
+        for client in clients:
+            await parts.enter_async_context(client)
+        for one in contestants:
+            await _measure(one, contestants, small, WARM_UP)
+            contest.say(f"warm-up: {one.name}{': ' + one.failure if one.failure else ''}")
+        for number in range(contest.rounds):
+            rounds.append(await _round(contest, contestants, number))
+            contest.on_round(_results(contestants, rounds, absent))
+    return _results(contestants, rounds, absent)
+
+
+def _results(contestants: Sequence[Contestant], rounds: Sequence[Round], absent: dict[str, str]) -> Results:
+    failures = {one.name: one.failure for one in contestants if one.failure}
+    return Results(tuple(one.name for one in contestants), tuple(rounds), failures, absent)
+
+
+async def _round(contest: Contest, contestants: Sequence[Contestant], number: int) -> Round:
+    turn = number % len(contestants)
+    order = [*contestants[turn:], *contestants[:turn]]
+    load = os.getloadavg()[0]
+    with paused(_others(None, contestants)):
+        machine = contest.machine()
+    figures = {}
+    for one in order:
+        figures[one.name] = await _measure(one, contestants, contest.scenario, number)
+        contest.say(f"round {number}: {one.name}: {_line(one, figures[one.name])}")
+    return Round(number, tuple(one.name for one in order), load, machine, figures)
+
+
+async def _measure(one: Contestant, all_of: Sequence[Contestant], scenario: MultiTenant, number: int) -> Figures:
+    """Everything once, beside the CPU time of it, of the others and of us who ask; a system that fails keeps what it
+    has so far, says why, and is not asked again."""
+    found: Figures = {}
+    if one.failure:
+        return found
+    idle = {id(other.processes): other.processes for other in all_of if other.processes not in (None, one.processes)}
+    with paused(_others(one, all_of)):
+        before = _cpu(one.processes, idle.values())
+        try:
+            await one.measure(scenario, number, found)
+        except Exception as error:  # noqa: BLE001 - one peer's failure must not take the others' figures along
+            one.failure = f"{type(error).__name__}: {error}"
+        after = _cpu(one.processes, idle.values())
+    wall_s = after["wall"] - before["wall"]
+    return found | {f"{name}_cores": (after[name] - before[name]) / wall_s for name in after if name != "wall"}
+
+
+def _others(one: Contestant | None, contestants: Sequence[Contestant]) -> list[ProcessTree]:
+    """Whom to pause while this one is measured; two lines may be of one system."""
+    mine = None if one is None else one.processes
+    trees = [other.processes for other in contestants if other.pausable]
+    return list({id(tree): tree for tree in trees if tree is not None and tree is not mine}.values())
+
+
+def _cpu(own: ProcessTree | None, others: Any) -> dict[str, float]:
+    client = time.process_time()
+    taken = {"wall": time.perf_counter(), "client": client, "others": sum(tree.cpu_s() for tree in others)}
+    return taken if own is None else taken | {"own": own.cpu_s()}
+
+
+def _line(one: Contestant, figures: Figures) -> str:
+    parts = [f"{name} {value:,.2f}" for name, value in figures.items()]
+    return ", ".join([*parts, one.failure] if one.failure else parts)
+
+
+class _Begun:
+    """Who takes part, as far as they have been started; `parts` end them."""
+
+    def __init__(self, parts: ExitStack, contest: Contest) -> None:
+        self.contestants: list[Contestant] = []
+        self.clients: list[AbstractAsyncContextManager[Any]] = []
+        self.absent: dict[str, str] = {}
+        self._parts = parts
+        self._say = contest.say
+        self._vocab_size = contest.vocab_size
+
+    def pando(self, serving: Serving, worker: WorkerSettings) -> None:
+        """Not paused: a worker whose heartbeat stops is taken for dead."""
+        before = set(descendants())
+        client = PandoSystem(*self._parts.enter_context(pando_fleets(serving, worker)))
+        self._system("pando", client, ProcessTree(set(descendants()) - before), pausable=False)
+
+    def server(self, name: str, start: Callable[[], Any]) -> None:
+        """One that does not start is absent."""
+        before = set(descendants())
+        try:
+            url = self._parts.enter_context(start())
+        except ConfigError as error:
+            self.absent[name] = error.message
+            return
+        begun = set(descendants()) - before
+        self._system(name, OpenAISystem(url, MODEL, name), ProcessTree(begun) if begun else None)
+
+    def transformers(self, serving: Serving, log: Path) -> None:
+        """Two lines of one process."""
+        local = TransformersPeer(serving.folder, serving.dtype, serving.threads, log)
+        self._parts.callback(local.close)
+        tree = ProcessTree([local.pid])
+        self.contestants.append(Contestant("transformers generate", local.measure_generate, tree))
+        self.contestants.append(Contestant("transformers continuous batching", local.measure_continuous, tree))
+
+    def _system(self, name: str, client: Any, tree: ProcessTree | None, *, pausable: bool = True) -> None:
+        self._say(f"{name} is up")
+        self.clients.append(client)
+        self.contestants.append(Contestant(name, partial(measure_system, client, self._vocab_size), tree, pausable))
+
+
+def _servers(serving: Serving, peers: PeerOptions, logs: Path) -> dict[str, Callable[[], Any]]:
     """How each server that is asked for is had, by name."""
     found: dict[str, Callable[[], Any]] = {}
     if peers.vllm_python is not None:
         python = peers.vllm_python
-        found["vllm"] = lambda: vllm_server(python, peers.vllm_preload, serving, peers.logs / "vllm.log")
+        found["vllm"] = lambda: vllm_server(python, peers.vllm_preload, serving, logs / "vllm.log")
     if peers.llama_server is not None:
         program = peers.llama_server
-        found["llama.cpp"] = lambda: llama_server(program, serving, peers.logs / "llama.log")
+        found["llama.cpp"] = lambda: llama_server(program, serving, logs / "llama.cpp.log")
     for name, url in peers.urls.items():
         found[name] = partial(nullcontext, url)
     return found
@@ -117,74 +244,3 @@ def _not_asked(peers: PeerOptions) -> list[str]:
         "transformers": peers.transformers,
     }
     return [name for name in PEERS if not there[name]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Contest:
-    """What all have to do, and who does it."""
-
-    scenario: MultiTenant
-    vocab_size: int
-    say: Say
-    systems: Sequence[tuple[System, Row]]
-    local: TransformersPeer | None
-    local_rows: Sequence[Row]
-
-    async def run(self, rounds: int) -> None:
-        """All rounds. One more before them is small and not kept: libraries load, rates are learnt."""
-        small = replace(self.scenario, requests=self.scenario.tenants)
-        async with AsyncExitStack() as clients:
-            for system, _ in self.systems:
-                await clients.enter_async_context(system)  # type: ignore[arg-type]
-            for system, row in self.systems:
-                first = Row(row.name)
-                await _measure(system, first, small, self.vocab_size, -1)
-                row.failure = first.failure
-            for number in range(rounds):
-                await self._round(number)
-
-    async def _round(self, number: int) -> None:
-        for system, row in self.systems:
-            await _measure(system, row, self.scenario, self.vocab_size, number)
-            self.say(f"round {number}: {row.name}: {_last(row)}")
-        if self.local is not None:
-            _measure_local(self.local, self.local_rows, self.scenario, number)
-            for row in self.local_rows:
-                self.say(f"round {number}: {row.name}: {_last(row)}")
-
-
-async def _measure(system: System, row: Row, scenario: MultiTenant, vocab_size: int, number: int) -> None:
-    """Everything once; a system that fails keeps what it has so far and says why."""
-    if row.failure:
-        return
-    try:
-        row.reuse.append(await measure_workload(system, scenario, vocab_size, number, reuse=True))
-        row.without.append(await measure_workload(system, scenario, vocab_size, number, reuse=False))
-        decode, prefill = await measure_single(system, vocab_size, number)
-        row.decode.append(decode)
-        row.prefill.append(prefill)
-    except Exception as error:  # noqa: BLE001 - one peer's failure must not take the others' figures along
-        row.failure = f"{type(error).__name__}: {error}"
-
-
-def _measure_local(local: TransformersPeer, rows: Sequence[Row], scenario: MultiTenant, number: int) -> None:
-    batches, continuous = rows
-    try:
-        batches.without.append(local.workload(scenario, number, continuous=False))
-        decode, prefill = local.single(number)
-        batches.decode.append(decode)
-        batches.prefill.append(prefill)
-    except RuntimeError as error:
-        batches.failure = str(error)
-    try:
-        continuous.reuse.append(local.workload(scenario, number, continuous=True))
-    except RuntimeError as error:
-        continuous.failure = str(error)
-
-
-def _last(row: Row) -> str:
-    if row.failure:
-        return row.failure
-    parts = [f"{ones[-1].tokens_per_s:.0f} tokens/s" for ones in (row.reuse, row.without) if ones]
-    parts += [f"{values[-1]:.0f}" for values in (row.decode, row.prefill) if values]
-    return ", ".join(parts)

@@ -7,18 +7,16 @@ an error, so that no system gains by answering less.
 from __future__ import annotations
 
 import asyncio
-import statistics
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from bench.engine.scenario import Ask, MultiTenant, make_asks, single_ask
+from bench.engine.scenario import DECODE_PROMPT, DECODE_TOKENS, PREFILL_TOKENS, Ask, MultiTenant, make_asks, single_ask
 from bench.workload import percentile
 
-DECODE_PROMPT = 64
-DECODE_TOKENS = 128
-PREFILL_TOKENS = 4096
+Figures = dict[str, float]
+"""Of one system in one round, by name; what it cannot do is not there."""
 
 
 class System(Protocol):
@@ -44,15 +42,6 @@ class Sample:
         return self.first_at - self.sent_at
 
 
-@dataclass(frozen=True, slots=True)
-class WorkloadFigures:
-    """Of one pass over the workload."""
-
-    tokens_per_s: float
-    ttft_p50_s: float
-    ttft_p99_s: float
-
-
 async def ask_one(system: System, ask: Ask, *, reuse: bool) -> Sample:
     """Send it and wait for its end; `RuntimeError` if the answer is shorter or longer than asked for."""
     sent_at = time.perf_counter()
@@ -68,21 +57,32 @@ async def ask_one(system: System, ask: Ask, *, reuse: bool) -> Sample:
 
 
 async def ask_all(system: System, asks: Sequence[Ask], *, concurrency: int, reuse: bool) -> list[Sample]:
-    """All of them in order, so many open at once."""
+    """All of them in order, so many open at once; the first failure takes back those that are open."""
     free = asyncio.Semaphore(concurrency)
 
     async def one(ask: Ask) -> Sample:
         async with free:
             return await ask_one(system, ask, reuse=reuse)
 
-    return await asyncio.gather(*(one(ask) for ask in asks))
+    tasks = [asyncio.ensure_future(one(ask)) for ask in asks]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def workload_figures(samples: Sequence[Sample]) -> WorkloadFigures:
+def workload_figures(samples: Sequence[Sample], *, reuse: bool) -> Figures:
     """Output tokens over the time from the first request to the last answer; TTFT by nearest rank."""
     wall_s = max(one.ended_at for one in samples) - min(one.sent_at for one in samples)
     ttft = [one.ttft_s for one in samples]
-    return WorkloadFigures(sum(one.tokens for one in samples) / wall_s, percentile(ttft, 0.5), percentile(ttft, 0.99))
+    rate, prefix = ("workload_tokens_per_s", "") if reuse else ("without_tokens_per_s", "without_")
+    return {
+        rate: sum(one.tokens for one in samples) / wall_s,
+        f"{prefix}ttft_p50_s": percentile(ttft, 0.5),
+        f"{prefix}ttft_p99_s": percentile(ttft, 0.99),
+    }
 
 
 def decode_rate(sample: Sample) -> float:
@@ -90,21 +90,14 @@ def decode_rate(sample: Sample) -> float:
     return (sample.tokens - 1) / (sample.ended_at - sample.first_at)
 
 
-async def measure_workload(
-    system: System, scenario: MultiTenant, vocab_size: int, number: int, *, reuse: bool
-) -> WorkloadFigures:
-    """One pass over round `number` of the workload."""
-    asks = make_asks(scenario, vocab_size, number)
-    return workload_figures(await ask_all(system, asks, concurrency=scenario.concurrency, reuse=reuse))
-
-
-async def measure_single(system: System, vocab_size: int, number: int) -> tuple[float, float]:
-    """One request at a time: tokens a second decoded, and of a prompt of 4,096 prefilled."""
+async def measure_system(system: System, vocab_size: int, scenario: MultiTenant, number: int, into: Figures) -> None:
+    """Round `number`: the workload with reuse and without, then one request at a time. Figures are added as they
+    come."""
+    for reuse in (True, False):
+        asks = make_asks(scenario, vocab_size, number)
+        samples = await ask_all(system, asks, concurrency=scenario.concurrency, reuse=reuse)
+        into |= workload_figures(samples, reuse=reuse)
     decode = await ask_one(system, single_ask("decode", DECODE_PROMPT, DECODE_TOKENS, vocab_size, number), reuse=False)
+    into["decode_tokens_per_s"] = decode_rate(decode)
     prefill = await ask_one(system, single_ask("prefill", PREFILL_TOKENS, 1, vocab_size, number), reuse=False)
-    return decode_rate(decode), PREFILL_TOKENS / prefill.ttft_s
-
-
-def median_of(figures: Sequence[float]) -> float | None:
-    """None of nothing."""
-    return statistics.median(figures) if figures else None
+    into["prefill_tokens_per_s"] = PREFILL_TOKENS / prefill.ttft_s

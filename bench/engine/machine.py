@@ -40,7 +40,7 @@ def measure_machine(device: str, dtype: torch.dtype, threads: int) -> Machine:
         found = measure_roofline()
         return Machine(found.device, threads, torch.__version__, name, found.copy / 1e3, found.matmul / 1e3, load)
     torch.set_num_threads(threads)
-    return Machine(_processor(), threads, torch.__version__, name, _read_gb_s(dtype), _matmul_gflop_s(dtype), load)
+    return Machine(processor(), threads, torch.__version__, name, _read_gb_s(dtype), _matmul_gflop_s(dtype), load)
 
 
 def _read_gb_s(dtype: torch.dtype) -> float:
@@ -68,7 +68,8 @@ def _seconds(run: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

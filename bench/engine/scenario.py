@@ -14,6 +14,8 @@ from pathlib import Path
 from pando.errors import ConfigError
 
 SCENARIO = Path(__file__).resolve().parents[1] / "scenarios" / "multi_tenant.toml"
+DECODE_PROMPT, DECODE_TOKENS, PREFILL_TOKENS = 64, 128, 4096
+"""Of the requests that are sent one at a time."""
 FIRST_ID = 300
 """Smaller ids are special ones and bytes, of which some make no text alone."""
 

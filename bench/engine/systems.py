@@ -6,6 +6,7 @@ Knows command lines and how each says that it is ready; no workload.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -17,8 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.engine.gguf import write_gguf
+from bench.engine.scenario import PREFILL_TOKENS, MultiTenant
 from bench.process_fleet import process_fleet
-from control.children import Child
+from control.children import Child, Sweeper
 from pando.errors import ConfigError
 from pando.settings import RouterSettings, WorkerSettings
 
@@ -36,6 +38,29 @@ class Serving:
     kv_tokens: int
     length: int
     device: str = "cpu"
+
+
+def serving_for(settings: WorkerSettings, scenario: MultiTenant) -> Serving:
+    """Room for all that is open at once, twice, and for the longest prompt."""
+    answered = scenario.prompt_tokens + scenario.output_tokens
+    length = max(answered, PREFILL_TOKENS) + 64
+    return Serving(
+        Path(settings.model), settings.dtype, settings.threads, scenario.concurrency,
+        kv_tokens=2 * max(scenario.concurrency * (answered + settings.block_size), length),
+        length=length, device=settings.device,
+    )  # fmt: skip
+
+
+@contextmanager
+def swept_logs(target: Path) -> Iterator[Path]:
+    """A folder for what peers say. Who writes there is killed when we end in whatever way, paused or not; what was
+    written is in `target` when the block ends."""
+    sweeper = Sweeper("pando-bench-peers-")
+    try:
+        yield sweeper.folder
+    finally:
+        shutil.copytree(sweeper.folder, target, dirs_exist_ok=True)
+        sweeper.sweep()
 
 
 @contextmanager
@@ -140,7 +165,7 @@ def _wait_healthy(child: Child, url: str, log: Path) -> None:
                     return
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
-    raise ConfigError(f"a peer's server did not start; it said so in {log}")
+    raise ConfigError(f"a peer's server did not start; its log {log.name} says why")
 
 
 def _unused_port() -> int:

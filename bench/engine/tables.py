@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-Cell = str | float | int | None
-
-_COMPARISON = (
-    ("tokens/s", "workload_tokens_per_s", 0),
-    ("TTFT p50 s", "ttft_p50_s", 2),
-    ("TTFT p99 s", "ttft_p99_s", 2),
-    ("no reuse: tokens/s", "without_tokens_per_s", 0),
-    ("TTFT p50 s", "without_ttft_p50_s", 2),
-    ("TTFT p99 s", "without_ttft_p99_s", 2),
-    ("decode batch 1", "decode_tokens_per_s", 1),
-    ("prefill 4,096", "prefill_tokens_per_s", 0),
-)
+import statistics
+from collections.abc import Sequence
 
 
-def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Medians of all systems; what a system cannot do is a dash."""
-    head = ["system", *(name for name, _, _ in _COMPARISON)]
-    body = [[row["name"], *(number(row[key], digits) for _, key, digits in _COMPARISON)] for row in rows]
-    return markdown(head, body)
+def spread(values: Sequence[float], digits: int, factor: float = 1.0) -> str:
+    """The median, with the least and the most where there are several; a dash for nothing."""
+    if not values:
+        return "-"
+    scaled = [factor * value for value in values]
+    middle = number(statistics.median(scaled), digits)
+    if len(scaled) == 1:
+        return middle
+    return f"{middle} ({number(min(scaled), digits)} to {number(max(scaled), digits)})"
 
 
 def number(value: float | None, digits: int) -> str:

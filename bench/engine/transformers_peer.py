@@ -16,35 +16,37 @@ from pathlib import Path
 from typing import Any
 
 from bench.engine.drive import (
-    DECODE_PROMPT,
-    DECODE_TOKENS,
-    PREFILL_TOKENS,
+    Figures,
     Sample,
-    WorkloadFigures,
     decode_rate,
     workload_figures,
 )
-from bench.engine.scenario import Ask, MultiTenant, make_asks, single_ask
+from bench.engine.scenario import DECODE_PROMPT, DECODE_TOKENS, PREFILL_TOKENS, Ask, MultiTenant, make_asks, single_ask
 
 
 class TransformersPeer:
     """The parent's end. `close` it."""
 
-    def __init__(self, folder: Path, dtype: str, threads: int) -> None:
+    def __init__(self, folder: Path, dtype: str, threads: int, log: Path) -> None:
         command = [sys.executable, "-m", "bench.engine.transformers_peer", str(folder), dtype, str(threads)]
-        self._child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        with log.open("wb") as says:
+            self._child = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=says, text=True
+            )
 
-    def workload(self, scenario: MultiTenant, number: int, *, continuous: bool) -> WorkloadFigures:
-        """One pass over the workload; nothing is reused from one request to another but by continuous batching."""
-        kind = "continuous" if continuous else "generate"
-        return WorkloadFigures(**self._ask({"run": kind, "scenario": asdict(scenario), "number": number}))
+    @property
+    def pid(self) -> int:
+        """Of the child."""
+        return self._child.pid
 
-    def single(self, number: int) -> tuple[float, float]:
-        """Tokens a second decoded by one request, and prefilled of one prompt."""
-        found = self._ask({"run": "single", "number": number})
-        return found["decode"], found["prefill"]
+    async def measure_generate(self, scenario: MultiTenant, number: int, into: Figures) -> None:
+        """The workload in static batches, of which none reuses anything, and one request at a time."""
+        into |= self._ask({"run": "generate", "scenario": asdict(scenario), "number": number})
+        into |= self._ask({"run": "single", "number": number})
+
+    async def measure_continuous(self, scenario: MultiTenant, number: int, into: Figures) -> None:
+        """The workload in continuous batches, which reuse what they can."""
+        into |= self._ask({"run": "continuous", "scenario": asdict(scenario), "number": number})
 
     def close(self) -> None:
         """End the child."""
@@ -85,8 +87,9 @@ class _Model:
             return self._single(what["number"])
         scenario = MultiTenant(**what["scenario"])
         asks = make_asks(scenario, self._vocab, what["number"])
-        run = self._continuous if what["run"] == "continuous" else self._batches
-        return asdict(workload_figures(run(asks, scenario)))
+        reuse = what["run"] == "continuous"
+        samples = self._continuous(asks, scenario) if reuse else self._batches(asks, scenario)
+        return workload_figures(samples, reuse=reuse)
 
     def _batches(self, asks: Sequence[Ask], scenario: MultiTenant) -> list[Sample]:
         size = scenario.concurrency
@@ -146,7 +149,7 @@ class _Model:
     def _single(self, number: int) -> dict[str, Any]:
         [decode] = self._generate([single_ask("decode", DECODE_PROMPT, DECODE_TOKENS, self._vocab, number)])
         [prefill] = self._generate([single_ask("prefill", PREFILL_TOKENS, 1, self._vocab, number)])
-        return {"decode": decode_rate(decode), "prefill": PREFILL_TOKENS / prefill.ttft_s}
+        return {"decode_tokens_per_s": decode_rate(decode), "prefill_tokens_per_s": PREFILL_TOKENS / prefill.ttft_s}
 
 
 def main() -> int:

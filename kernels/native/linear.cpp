@@ -1,35 +1,79 @@
 // `x @ weight.T + bias` over a weight packed in panels, for one row as for many.
-#include "tile.h"
+#include "ops.h"
 
 // Rows whose inputs stay in a core's cache while the panels pass by: a multiple of every MOST_ROWS.
 static const int64_t ROWS_AT_ONCE = 96;
 
-extern "C" int64_t pando_panel() { return PANEL; }
-
-// `x[rows, depth]` (row stride `x_stride`) by `panels[columns / PANEL][depth][PANEL]`, padded with zeros past `columns`.
-extern "C" void pando_linear(const float *x, int64_t x_stride, const float *panels, const float *bias, float *out,
-                             int64_t rows, int64_t columns, int64_t depth, int64_t threads) {
-    const int64_t num_panels = (columns + PANEL - 1) / PANEL;
+// `finish(first row, rows, panel, sums[rows][PANEL])` for every part of the product.
+template <class T, class Finish>
+INLINE void product(const float *x, int64_t x_stride, const Packed &weight, int64_t rows, int64_t threads,
+                    Finish finish) {
+    const int64_t num_panels = (weight.columns + PANEL - 1) / PANEL;
     const int64_t groups = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
-    for (int64_t group = 0; group < groups; group++) {
-        for (int64_t panel = 0; panel < num_panels; panel++) {
-            const int64_t first = group * ROWS_AT_ONCE, column = panel * PANEL;
-            const int64_t some = rows - first < ROWS_AT_ONCE ? rows - first : ROWS_AT_ONCE;
-            const int64_t width = columns - column < PANEL ? columns - column : PANEL;
-            const float *from = x + first * x_stride, *b = panels + column * depth;
-            float *into = out + first * columns + column;
-            if (width == PANEL) {
-                tiles(some, from, x_stride, b, PANEL, depth, into, columns, nullptr);
-            } else {
-                float whole[ROWS_AT_ONCE * PANEL];
-                tiles(some, from, x_stride, b, PANEL, depth, whole, PANEL, nullptr);
-                for (int64_t row = 0; row < some; row++)
-                    memcpy(into + row * columns, whole + row * PANEL, width * sizeof(float));
-            }
-            if (bias)
-                for (int64_t row = 0; row < some; row++)
-                    for (int64_t c = 0; c < width; c++) into[row * columns + c] += bias[column + c];
-        }
-    }
+    parts(groups * num_panels, threads, [&](int64_t index) {
+        const int64_t first = index / num_panels * ROWS_AT_ONCE, panel = index % num_panels;
+        const int64_t some = rows - first < ROWS_AT_ONCE ? rows - first : ROWS_AT_ONCE;
+        float sums[ROWS_AT_ONCE * PANEL];
+        tiles<T, true>(some, x + first * x_stride, x_stride, weight.panels + panel * weight.depth * PANEL, weight.depth,
+                       sums, PANEL, nullptr);
+        finish(first, some, panel, sums);
+    });
 }
+
+template <class T, bool ADD>
+INLINE void linear_to(const float *x, int64_t x_stride, const Packed &weight, float *out, int64_t rows, int64_t threads) {
+    product<T>(x, x_stride, weight, rows, threads, [&](int64_t first, int64_t some, int64_t panel, const float *sums) {
+        const int64_t column = panel * PANEL, left = weight.columns - column, width = left < PANEL ? left : PANEL;
+        for (int64_t row = 0; row < some; row++) {
+            float *into = out + (first + row) * weight.columns + column;
+            for (int64_t c = 0; c < width; c++) {
+                const float value = sums[row * PANEL + c] + (weight.bias ? weight.bias[column + c] : 0.0f);
+                into[c] = ADD ? into[c] + value : value;
+            }
+        }
+    });
+}
+
+template <class T>
+void linear(const float *x, int64_t x_stride, const Packed &weight, float *out, int64_t rows, int64_t threads) {
+    linear_to<T, false>(x, x_stride, weight, out, rows, threads);
+}
+
+template <class T>
+void add_linear(const float *x, int64_t x_stride, const Packed &weight, float *out, int64_t rows, int64_t threads) {
+    linear_to<T, true>(x, x_stride, weight, out, rows, threads);
+}
+
+template <class T>
+void gated_linear(const float *x, int64_t x_stride, const Packed &weight, T *out, int64_t rows, int64_t threads) {
+    const int64_t columns = weight.columns / 2;
+    // Panels are counted by their gates and ups together.
+    const Packed padded{weight.panels, nullptr, (columns + LANES - 1) / LANES * PANEL, weight.depth};
+    product<T>(x, x_stride, padded, rows, threads, [&](int64_t first, int64_t some, int64_t panel, const float *sums) {
+        const int64_t column = panel * LANES, left = columns - column, width = left < LANES ? left : LANES;
+        vec gate_bias{}, up_bias{};
+        for (int64_t c = 0; weight.bias && c < width; c++) {
+            gate_bias[c] = weight.bias[column + c];
+            up_bias[c] = weight.bias[columns + column + c];
+        }
+        for (int64_t row = 0; row < some; row++) {
+            const vec gate = load(sums + row * PANEL) + gate_bias, up = load(sums + row * PANEL + LANES) + up_bias;
+            const vec value = silu(gate) * up;
+            T *into = out + (first + row) * columns + column;
+            if (width == LANES) {
+                store(into, value);
+            } else {
+                for (int64_t c = 0; c < width; c++) put(into + c, value[c]);
+            }
+        }
+    });
+}
+
+#define FOR(T)                                                                                     \
+    template void linear<T>(const float *, int64_t, const Packed &, float *, int64_t, int64_t);     \
+    template void add_linear<T>(const float *, int64_t, const Packed &, float *, int64_t, int64_t); \
+    template void gated_linear<T>(const float *, int64_t, const Packed &, T *, int64_t, int64_t);
+FOR(float)
+#if HAS_BF16
+FOR(bf16)
+#endif

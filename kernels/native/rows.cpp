@@ -1,72 +1,75 @@
-// What is done to each token alone: norms, rotation and the write to the cache, the gate.
+// What is done to each token alone: norms, rotation and the write to the cache.
 #include <cmath>
 
-#include "tile.h"
+#include "ops.h"
 
-static const int64_t ALONE = 32;  // tokens that one thread does sooner than several
+static const int64_t AT_ONCE = 32;  // tokens that make a part worth handing out
 
-// `out = norm(residual) * weight`, after `residual += x` where there is an x. All [rows, width].
-extern "C" void pando_norm(const float *x, float *residual, const float *weight, float *out, int64_t rows,
-                           int64_t width, float eps, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (rows > ALONE)
-    for (int64_t row = 0; row < rows; row++) {
+// `each(token)` of all tokens.
+template <class Each>
+INLINE void tokens(int64_t rows, int64_t threads, Each each) {
+    parts((rows + AT_ONCE - 1) / AT_ONCE, threads, [&](int64_t index) {
+        const int64_t first = index * AT_ONCE, end = first + AT_ONCE < rows ? first + AT_ONCE : rows;
+        for (int64_t row = first; row < end; row++) each(row);
+    });
+}
+
+INLINE float inverse_root_mean_square(const float *x, int64_t width, float eps) {
+    vec squares{};
+    float rest = 0;
+    int64_t c = 0;
+    for (; c + LANES <= width; c += LANES) squares = load(x + c) * load(x + c) + squares;
+    for (; c < width; c++) rest += x[c] * x[c];
+    return 1 / sqrtf((lanes_sum(squares) + rest) / (float)width + eps);
+}
+
+template <class T>
+void norm(const float *x, float *residual, const float *weight, T *out, int64_t rows, int64_t width, float eps,
+          int64_t threads) {
+    tokens(rows, threads, [&](int64_t row) {
         float *here = residual + row * width;
-        vec squares{};
-        float rest = 0;
+        T *into = out + row * width;
+        if (x)
+            for (int64_t c = 0; c < width; c++) here[c] += x[row * width + c];
+        const float by = inverse_root_mean_square(here, width, eps);
         int64_t c = 0;
-        for (; c + LANES <= width; c += LANES) {
-            vec value = load(here + c);
-            if (x) store(here + c, value = value + load(x + row * width + c));
-            squares = value * value + squares;
-        }
-        for (; c < width; c++) {
-            if (x) here[c] += x[row * width + c];
-            rest += here[c] * here[c];
-        }
-        const float by = 1 / sqrtf((lanes_sum(squares) + rest) / (float)width + eps);
-        for (c = 0; c + LANES <= width; c += LANES)
-            store(out + row * width + c, load(here + c) * by * load(weight + c));
-        for (; c < width; c++) out[row * width + c] = here[c] * by * weight[c];
-    }
+        for (; c + LANES <= width; c += LANES) store(into + c, load(here + c) * by * load(weight + c));
+        for (; c < width; c++) put(into + c, here[c] * by * weight[c]);
+    });
 }
 
-// `silu(gate) * up` of `gate_up[rows, 2 * width]`.
-extern "C" void pando_silu_mul(const float *gate_up, float *out, int64_t rows, int64_t width, int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (rows > ALONE)
-    for (int64_t row = 0; row < rows; row++) {
-        const float *gate = gate_up + 2 * row * width, *up = gate + width;
-        float *into = out + row * width;
-        int64_t c = 0;
-        for (; c + LANES <= width; c += LANES) {
-            const vec value = load(gate + c);
-            store(into + c, value / (exponential(-value) + 1.0f) * load(up + c));
-        }
-        for (; c < width; c++) into[c] = gate[c] / (expf(-gate[c]) + 1) * up[c];
-    }
-}
-
-// Rotate queries in place, keys and values go to their slots: `heads[rows, num_heads + 2 * num_kv_heads, dim]`.
-// `cos` and `sin` are [rows, 2, dim / 2], the sine signed; `slots[rows]` counts positions of the pool.
-extern "C" void pando_rotary_write(float *heads, const float *cos, const float *sin, float *cache,
-                                   const int64_t *slots, int64_t rows, const int64_t *shape, int64_t threads) {
-    const int64_t num_heads = shape[0], num_kv_heads = shape[1], dim = shape[2], block_size = shape[3];
-    const int64_t block_stride = shape[4], half = dim / 2;
-#pragma omp parallel for num_threads(threads) if (rows > ALONE)
-    for (int64_t row = 0; row < rows; row++) {
+template <class T>
+void rotary_write(float *heads, const float *cos, const float *sin, const float *norms, float eps, T *cache,
+                  const int64_t *slots, int64_t rows, const Shape &of, int64_t threads) {
+    const int64_t queries = of.num_heads, keys = of.num_kv_heads, dim = of.head_dim, half = dim / 2;
+    tokens(rows, threads, [&](int64_t row) {
         const float *c = cos + row * dim, *s = sin + row * dim;
-        float *slot = cache + slots[row] / block_size * block_stride + slots[row] % block_size * dim;
-        for (int64_t head = 0; head < num_heads + 2 * num_kv_heads; head++) {
-            float *from = heads + (row * (num_heads + 2 * num_kv_heads) + head) * dim;
-            float *into = head < num_heads ? from : slot + (head - num_heads) * block_size * dim;
-            if (head >= num_heads + num_kv_heads) {
-                memcpy(into, from, dim * sizeof(float));
-                continue;
+        T *slot = cache + slots[row] / of.block_size * of.block_stride + slots[row] % of.block_size * dim;
+        for (int64_t head = 0; head < queries + 2 * keys; head++) {
+            float *from = heads + (row * (queries + 2 * keys) + head) * dim;
+            T *into = slot + (head - queries) * of.block_size * dim;
+            if (head < queries + keys) {
+                if (norms) {
+                    const float by = inverse_root_mean_square(from, dim, eps);
+                    for (int64_t d = 0; d < dim; d++) from[d] = from[d] * by * norms[head * dim + d];
+                }
+                for (int64_t d = 0; d < half; d++) {
+                    const float a = from[d], b = from[half + d];
+                    from[d] = a * c[d] + b * s[d];
+                    from[half + d] = b * c[half + d] + a * s[half + d];
+                }
             }
-            for (int64_t d = 0; d < half; d++) {
-                const float a = from[d], b = from[half + d];
-                into[d] = a * c[d] + b * s[d];
-                into[half + d] = b * c[half + d] + a * s[half + d];
-            }
+            if (head >= queries)
+                for (int64_t d = 0; d < dim; d++) put(into + d, from[d]);
         }
-    }
+    });
 }
+
+#define FOR(T)                                                                                               \
+    template void norm<T>(const float *, float *, const float *, T *, int64_t, int64_t, float, int64_t);     \
+    template void rotary_write<T>(float *, const float *, const float *, const float *, float, T *,          \
+                                  const int64_t *, int64_t, const Shape &, int64_t);
+FOR(float)
+#if HAS_BF16
+FOR(bf16)
+#endif

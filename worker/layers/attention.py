@@ -29,9 +29,15 @@ class Attention:
     sinks: int = 0  # first positions that queries see beside the window
 
     def __call__(
-        self, x: torch.Tensor, angles: Angles, layer_kv: kernels.KV, plan: kernels.AttentionPlan
+        self,
+        x: torch.Tensor,
+        angles: Angles,
+        layer_kv: kernels.KV,
+        plan: kernels.AttentionPlan,
+        last: kernels.LastRows | None = None,
     ) -> torch.Tensor:
-        """`x[num_tokens, hidden_size]` to the same shape; writes this step's keys and values to `layer_kv`."""
+        """`x[num_tokens, hidden_size]` to the same shape, or to the rows of `last`; writes this step's keys and values
+        to `layer_kv`."""
         heads = self.qkv(x).view(x.shape[0], self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         query_key = heads[:, : self.num_heads + self.num_kv_heads]
         if self.qk_norm is not None:
@@ -39,12 +45,17 @@ class Attention:
         query = heads[:, : self.num_heads]
         turned_for_sinks = self._turned(query, angles.sink)
         kernels.rotary_write_kv(heads, angles.cos, angles.sin, layer_kv, plan)
+        if last is not None:
+            if last.plan is None:
+                return x.new_empty((0, x.shape[1]))
+            plan, query = last.plan, query.index_select(0, last.rows)
+            turned_for_sinks = None if turned_for_sinks is None else turned_for_sinks.index_select(0, last.rows)
         scale = self.head_dim**-0.5
         if turned_for_sinks is None or self.window is None:
             mixed = kernels.attention(query, layer_kv, plan, scale=scale, window=self.window)
         else:
             mixed = kernels.sink_attention(query, turned_for_sinks, layer_kv, plan, scale=scale, window=self.window)
-        return self.output(mixed.view(x.shape[0], -1))
+        return self.output(mixed.view(mixed.shape[0], -1))
 
     def _turned(self, query: torch.Tensor, angles: Angles | None) -> torch.Tensor | None:
         """The query as it scores sinks, where there are any."""

@@ -12,10 +12,10 @@ from worker.layers.linear import Linear
 
 @dataclass(frozen=True, slots=True)
 class GatedMlp:
-    """`down(silu(gate(x)) * up(x))` with gate and up in one matrix."""
+    """`down(silu(gate(x)) * up(x))` with gate and up in one matrix, of `kernels.pack_gated`."""
 
     gate_up: Linear
     down: Linear
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(kernels.silu_mul(self.gate_up(x)))
+        return self.down(kernels.gated_linear(x, self.gate_up.weight, self.gate_up.bias))

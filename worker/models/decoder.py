@@ -5,7 +5,7 @@ Knows tensors and the step's plan. Invariant: every tensor of the checkpoint is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,16 +37,34 @@ class DecoderLayer:
         angles: Angles,
         layer_kv: kernels.KV,
         plan: kernels.AttentionPlan,
+        *,
+        last: kernels.LastRows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes the last layer's `update`, not yet added to `residual` (both [num_tokens, hidden_size]); returns its
-        own and the residual stream before it."""
+        """Takes the layer before's `update`, not yet added to `residual` (both [num_tokens, hidden_size]); returns its
+        own and the residual stream before it, of all tokens or those of `last`."""
         if update is None:
             normed = kernels.rms_norm(residual, self.attention_norm, self.norm_eps)
         else:
             normed, residual = kernels.add_rms_norm(update, residual, self.attention_norm, self.norm_eps)
-        mixed = self.attention(normed, angles, layer_kv, plan)
+        mixed = self.attention(normed, angles, layer_kv, plan, last)
+        if last is not None:
+            residual = residual.index_select(0, last.rows)
         normed, residual = kernels.add_rms_norm(mixed, residual, self.mlp_norm, self.norm_eps)
         return self.mlp(normed), residual
+
+    def weights(self) -> kernels.LayerWeights:
+        """The layer's tensors."""
+        of, mlp = self.attention, self.mlp
+        return kernels.LayerWeights(
+            attention_norm=self.attention_norm,
+            qkv=(of.qkv.weight, of.qkv.bias),
+            qk_norm=of.qk_norm,
+            output=(of.output.weight, of.output.bias),
+            mlp_norm=self.mlp_norm,
+            gate_up=(mlp.gate_up.weight, mlp.gate_up.bias),
+            down=(mlp.down.weight, mlp.down.bias),
+            window=of.window,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +77,7 @@ class Decoder:
     norm: torch.Tensor  # [hidden_size]
     head: Linear
     rotary: RotaryEmbedding
+    stack: kernels.CpuStack | None = None  # the layers as one, where that is faster
 
     def hidden(
         self,
@@ -66,19 +85,29 @@ class Decoder:
         positions: torch.Tensor,
         layers_kv: Sequence[kernels.KV],
         plan: kernels.AttentionPlan,
-        rows: torch.Tensor | None = None,
+        last: kernels.LastRows | None = None,
     ) -> torch.Tensor:
         """Final hidden states of `token_ids[num_tokens]` at `positions[num_tokens]` (both int64): all of them, or those
-        of `rows[n]`. `layers_kv` has one cache view a layer."""
-        residual = F.embedding(token_ids, self.embedding)
+        of `last`. `layers_kv` has one cache view a layer."""
+        embedded = F.embedding(token_ids, self.embedding)
         far = self.config.sink_reach if plan.sink_work else None
         angles = self.rotary(positions, farthest=far)
+        normed = kernels.run_layers(self.stack, embedded, (angles.cos, angles.sin), layers_kv, plan, last=last)
+        return self._layer_by_layer(embedded, angles, layers_kv, plan, last) if normed is None else normed
+
+    def _layer_by_layer(
+        self,
+        residual: torch.Tensor,
+        angles: Angles,
+        layers_kv: Sequence[kernels.KV],
+        plan: kernels.AttentionPlan,
+        last: kernels.LastRows | None,
+    ) -> torch.Tensor:
         update: torch.Tensor | None = None
         for layer, layer_kv in zip(self.layers, layers_kv, strict=True):
-            update, residual = layer(update, residual, angles, layer_kv, plan)
+            wanted = last if layer is self.layers[-1] else None
+            update, residual = layer(update, residual, angles, layer_kv, plan, last=wanted)
         assert update is not None
-        if rows is not None:
-            update, residual = update.index_select(0, rows), residual.index_select(0, rows)
         normed, _ = kernels.add_rms_norm(update, residual, self.norm, self.config.norm_eps)
         return normed
 
@@ -105,7 +134,14 @@ def load_decoder(config: ModelConfig, checkpoint: Checkpoint) -> Decoder:
         dtype=checkpoint.dtype,
         endless=config.window is not None,
     )
-    return Decoder(config, embedding, layers, norm, head, rotary)
+    stack = kernels.stack(
+        [layer.weights() for layer in layers],
+        norm,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        norm_eps=config.norm_eps,
+    )
+    return Decoder(config, embedding, layers, norm, head, rotary, stack)
 
 
 def _layer(config: ModelConfig, checkpoint: Checkpoint, index: int) -> DecoderLayer:
@@ -147,19 +183,24 @@ def _mlp(config: ModelConfig, checkpoint: Checkpoint, prefix: str) -> GatedMlp:
     parts = [(prefix + "gate_proj", config.intermediate_size), (prefix + "up_proj", config.intermediate_size)]
     down = [(prefix + "down_proj", config.hidden_size)]
     return GatedMlp(
-        gate_up=_linear(checkpoint, parts, config.hidden_size, bias=config.mlp_bias),
+        gate_up=_linear(checkpoint, parts, config.hidden_size, bias=config.mlp_bias, pack=kernels.pack_gated),
         down=_linear(checkpoint, down, config.intermediate_size, bias=config.mlp_bias),
     )
 
 
-def _linear(checkpoint: Checkpoint, parts: Sequence[tuple[str, int]], inputs: int, *, bias: bool) -> Linear:
+def _linear(
+    checkpoint: Checkpoint,
+    parts: Sequence[tuple[str, int]],
+    inputs: int,
+    *,
+    bias: bool,
+    pack: Callable[[torch.Tensor], kernels.Weight] = kernels.pack,
+) -> Linear:
     weight = checkpoint.read([f"{name}.weight" for name, _ in parts], [(outputs, inputs) for _, outputs in parts])
     if not bias:
-        return Linear(kernels.pack(weight))
-    return Linear(
-        kernels.pack(weight),
-        checkpoint.read([f"{name}.bias" for name, _ in parts], [(outputs,) for _, outputs in parts]),
-    )
+        return Linear(pack(weight))
+    names, sizes = [f"{name}.bias" for name, _ in parts], [(outputs,) for _, outputs in parts]
+    return Linear(pack(weight), checkpoint.read(names, sizes))
 
 
 def _vector(checkpoint: Checkpoint, name: str, size: int) -> torch.Tensor:

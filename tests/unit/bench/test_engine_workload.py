@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench.engine.clients import parse_event, request_body, tokens_of
-from bench.engine.drive import Sample, ask_all, decode_rate, measure_single, workload_figures
+from bench.engine.drive import Figures, Sample, ask_all, decode_rate, measure_system, workload_figures
 from bench.engine.scenario import FIRST_ID, Ask, MultiTenant, make_asks, read_scenario
-from bench.engine.tables import comparison_table
 from pando.errors import ConfigError
 
 SMALL = MultiTenant(tenants=2, system_tokens=8, requests=6, unique_tokens=3, output_tokens=4, concurrency=2)
@@ -80,8 +79,16 @@ def test_a_round_is_the_same_again_and_no_other_begins_as_it() -> None:
 
 def test_figures_of_samples() -> None:
     samples = [Sample(0.0, 0.5, 2.0, 4), Sample(0.0, 1.0, 4.0, 4), Sample(2.0, 2.25, 4.0, 4)]
-    figures = workload_figures(samples)
-    assert (figures.tokens_per_s, figures.ttft_p50_s, figures.ttft_p99_s) == (3.0, 0.5, 1.0)
+    assert workload_figures(samples, reuse=True) == {
+        "workload_tokens_per_s": 3.0,
+        "ttft_p50_s": 0.5,
+        "ttft_p99_s": 1.0,
+    }
+    assert workload_figures(samples, reuse=False) == {
+        "without_tokens_per_s": 3.0,
+        "without_ttft_p50_s": 0.5,
+        "without_ttft_p99_s": 1.0,
+    }
     assert decode_rate(samples[0]) == 2.0
 
 
@@ -95,8 +102,14 @@ def test_no_more_are_open_than_the_scenario_says() -> None:
 def test_an_answer_of_another_length_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="asked for 4 tokens and got 3"):
         asyncio.run(ask_all(Counting(3), make_asks(SMALL, 1000, 0), concurrency=2, reuse=True))
+
+
+def test_figures_that_came_before_a_failure_are_kept() -> None:
+    found: Figures = {}
     with pytest.raises(RuntimeError, match="asked for 1 tokens and got 3"):
-        asyncio.run(measure_single(_Prefill(), 1000, 0))
+        asyncio.run(measure_system(_Prefill(), 1000, SMALL, 0, found))
+    assert {"workload_tokens_per_s", "without_ttft_p99_s", "decode_tokens_per_s"} <= set(found)
+    assert "prefill_tokens_per_s" not in found
 
 
 class _Prefill(Counting):
@@ -127,12 +140,3 @@ def test_events_of_a_stream() -> None:
     assert tokens_of(parse_event(b'data: {"choices": [], "usage": {"completion_tokens": 3}}') or {}) == 0
     with pytest.raises(RuntimeError, match="the server says"):
         parse_event(b'data: {"error": {"message": "no"}}')
-
-
-def test_a_table_has_a_dash_for_what_a_system_cannot() -> None:
-    keys = ("workload_tokens_per_s", "ttft_p50_s", "ttft_p99_s", "without_tokens_per_s", "without_ttft_p50_s",
-            "without_ttft_p99_s", "decode_tokens_per_s", "prefill_tokens_per_s")  # fmt: skip
-    table = comparison_table([{"name": "one"} | dict.fromkeys(keys, 1234.56), {"name": "two"} | dict.fromkeys(keys)])
-    lines = table.splitlines()
-    assert len(lines) == 4 and len({len(line) for line in lines}) == 1
-    assert "1,235" in lines[2] and lines[3].count(" - ") == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,17 @@ import torch
 import kernels
 from kernels import cpu, reference
 from kernels.cpu_library import library
+from kernels.cpu_plan import CpuPlan
 from tests.kernel_cases import CASES, Case, make_problem
 
 pytestmark = pytest.mark.usefixtures("compiled")
-PLAIN = [case for case in CASES if not case.sinks]
+FAMILY = Case(
+    "long shared prefixes in a tree",
+    (1,) * 6,
+    (350, 330, 300, 420, 170, 140),
+    tree=(40, 40, 20, 40, 20, 16),
+)
+PLAIN = [case for case in (*CASES, FAMILY) if not case.sinks]
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +53,67 @@ def test_a_row_of_a_product_is_the_same_in_any_batch() -> None:
         assert torch.equal(kernels.linear(x[rows], packed), together[rows])
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_products_of_bfloat16(rows: int) -> None:
+    x, weight = torch.randn(rows, 50).bfloat16(), torch.randn(70, 50).bfloat16()
+    packed = kernels.pack(weight)
+    expected = (x.double() @ weight.double().T).bfloat16()
+    torch.testing.assert_close(kernels.linear(x, packed), expected, atol=0.02, rtol=0.02)
+    gated = reference.silu_mul(x.double() @ weight.double().T).bfloat16()
+    torch.testing.assert_close(kernels.gated_linear(x, kernels.pack_gated(weight)), gated, atol=0.02, rtol=0.02)
+
+
+def test_numbers_of_another_dtype_are_refused() -> None:
+    packed = kernels.pack(torch.randn(4, 4))
+    with pytest.raises(ValueError, match="does not go with a weight"):
+        kernels.linear(torch.randn(1, 4, dtype=torch.float64), packed)
+
+
 def test_other_dtypes_are_not_packed() -> None:
-    weight = torch.randn(4, 4, dtype=torch.bfloat16)
+    weight = torch.randn(4, 4, dtype=torch.float16)
     assert kernels.pack(weight) is weight
     assert torch.equal(kernels.linear(weight, weight), weight @ weight.T)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, FAMILY], ids=str)
 def test_plain_torch_gives_the_same(case: Case) -> None:
     native = make_problem(case, torch.float32, "cpu").run(cpu)
     plain = make_problem(case, torch.float32, "cpu").run(reference)
     torch.testing.assert_close(native, plain, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_bfloat16_is_near_to_exact_sums(case: Case) -> None:
+    problem = make_problem(case, torch.bfloat16, "cpu")
+    torch.testing.assert_close(problem.run(cpu).double(), problem.expected(), atol=0.02, rtol=0.02)
+
+
+def test_what_is_shared_is_planned_for_once() -> None:
+    problem = make_problem(FAMILY, torch.float32, "cpu")
+    lens = (FAMILY.query_lens, FAMILY.context_lens, problem.block_tables)
+    kernels.set_num_threads(1)
+    plan = cpu.plan_attention(problem.kv_cache, *lens, num_heads=4)
+    kernels.set_num_threads(0)
+    assert isinstance(plan, CpuPlan)
+    assert plan.teams.tolist() == [0, 6]
+    assert sorted(plan.members[:, 0].tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize("threads", [2, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_change_nothing(threads: int, dtype: torch.dtype) -> None:
+    x, packed = torch.randn(300, 64).to(dtype), kernels.pack(torch.randn(530, 64).to(dtype))
+    one, alone = kernels.linear(x, packed), make_problem(FAMILY, dtype, "cpu").run(cpu)
+    kernels.set_num_threads(threads)
+    try:
+        for _ in range(200):
+            assert torch.equal(kernels.linear(x, packed), one)
+        assert torch.equal(make_problem(FAMILY, dtype, "cpu").run(cpu), alone)
+        with ThreadPoolExecutor(4) as callers:
+            results = list(callers.map(lambda _: kernels.linear(x, packed), range(100)))
+        assert all(torch.equal(result, one) for result in results)
+    finally:
+        kernels.set_num_threads(0)
 
 
 @pytest.mark.parametrize("case", [case for case in PLAIN if len(case.query_lens) > 1], ids=str)
@@ -92,10 +150,26 @@ def test_norms(rows: int, width: int) -> None:
     torch.testing.assert_close(cpu.rms_norm(x, weight, 1e-5), alone, atol=1e-5, rtol=1e-5)
 
 
-def test_gate_far_out() -> None:
+@pytest.mark.parametrize("outputs", [1, 15, 16, 17, 70])
+@pytest.mark.parametrize("rows", [1, 13, 97])
+def test_gated_linear(rows: int, outputs: int) -> None:
+    x, weight, bias = torch.randn(rows, 50), torch.randn(2 * outputs, 50), torch.randn(2 * outputs)
+    for added in (None, bias):
+        expected = reference.silu_mul(torch.nn.functional.linear(x.double(), weight.double(), _double(added))).float()
+        result = kernels.gated_linear(x, kernels.pack_gated(weight), added)
+        torch.testing.assert_close(result, expected, atol=3e-5, rtol=3e-5)
+
+
+def _double(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.double()
+
+
+def test_gates_far_out() -> None:
     gate = torch.linspace(-200, 200, 640)
-    gate_up = torch.cat((gate, torch.ones(640)))[None]
-    torch.testing.assert_close(cpu.silu_mul(gate_up), reference.silu_mul(gate_up))
+    weight = torch.stack((gate, torch.zeros(640)), dim=1)
+    weight = torch.cat((weight, torch.tensor([[0.0, 1.0]]).repeat(640, 1)))
+    gated = kernels.gated_linear(torch.ones(1, 2), kernels.pack_gated(weight))
+    torch.testing.assert_close(gated, torch.nn.functional.silu(gate)[None])
 
 
 def test_rotation_and_write() -> None:
