@@ -38,7 +38,7 @@ from kernels.cpu_plan import CpuPlan
 from kernels.cpu_weights import PackedWeight
 from kernels.device_plan import DevicePlan
 from kernels.quantize import FORMATS, KV, KVFormat, StoredKV, stored
-from kernels.sampling import counter_uniform, sample
+from kernels.sampling import Draws, plan_draws
 from kernels.step import Ints
 
 AttentionPlan = host_plan.AttentionPlan | CpuPlan | DevicePlan
@@ -49,6 +49,7 @@ __all__ = [
     "KV",
     "AttentionPlan",
     "CpuStack",
+    "Draws",
     "KVFormat",
     "LastRows",
     "LayerWeights",
@@ -57,7 +58,6 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "copy_blocks",
-    "counter_uniform",
     "gated_linear",
     "head_rms_norm_",
     "linear",
@@ -66,6 +66,7 @@ __all__ = [
     "pack",
     "pack_gated",
     "plan_attention",
+    "plan_draws",
     "rms_norm",
     "rotary_",
     "rotary_write_kv",
@@ -276,3 +277,11 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up` of `gate_up[num_tokens, 2 * n]` (gate, then up): `[num_tokens, n]`."""
     out: torch.Tensor = _operations(gate_up).silu_mul(gate_up)
     return out
+
+
+def sample(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """A token id for each row of `logits[n, vocab_size]` (float32, at most 2^20 wide; banned tokens become -inf in
+    them), by the rule of `kernels.sampling`: `[n]` int64 where the logits are, the same on every device."""
+    operations = _device_operations() if logits.is_cuda else reference
+    tokens: torch.Tensor = operations.sample(logits, draws)
+    return tokens

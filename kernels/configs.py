@@ -55,6 +55,21 @@ class Tuning:
     share: bool | None = None  # whether shared prefixes are read once; None: where it pays
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """Logits a step of a loop takes, room in the list of the most likely ones, how many are wanted there where no
+    filter says, and how the list is searched: logits a step, bounds tried at once. Not measured: the most threads' work
+    that spills no register."""
+
+    tile: int = 2048
+    room: int = 2048
+    guide: int = 512
+    step: int = 512
+    pivots: int = 8
+    num_warps: int = 8
+    num_stages: int = 5
+
+
 def tuning(head_dim: int, itemsize: int, processor: Processor | None = None, *, scaled: bool = False) -> Tuning:
     """The configuration for heads of `head_dim` elements of `itemsize` bytes, as computed; `scaled` where KV is kept in
     fewer bits, for which nothing has been measured: what fits the registers."""

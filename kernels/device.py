@@ -11,12 +11,15 @@ from contextlib import contextmanager
 import torch
 import triton
 
+from kernels.configs import SamplingConfig
 from kernels.device_plan import DevicePlan, plan_attention
 from kernels.jit.decode import decode_kernel, merge_kernel
 from kernels.jit.rows import head_norm_kernel, norm_kernel, silu_mul_kernel, write_kernel
+from kernels.jit.sampling import ban_kernel, sample_kernel
 from kernels.jit.wide import wide_kernel
 from kernels.quantize import KV, StoredKV
 from kernels.reference import copy_blocks, merge_states, rotary_
+from kernels.sampling import Draws
 
 __all__ = [
     "add_rms_norm",
@@ -28,6 +31,7 @@ __all__ = [
     "rms_norm",
     "rotary_",
     "rotary_write_kv",
+    "sample",
     "silu_mul",
     "sink_attention",
     "write_kv",
@@ -36,6 +40,7 @@ __all__ = [
 LOG2_E = 1.4426950408889634
 HEADS_A_PROGRAM = 8
 GATES_A_PROGRAM = 1024
+BANS_A_PROGRAM = 128
 
 
 def attention(
@@ -205,3 +210,24 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = torch.empty((num_rows, size), dtype=gate_up.dtype, device=gate_up.device)
     silu_mul_kernel[num_rows, triton.cdiv(size, GATES_A_PROGRAM)](out, gate_up, size, TILE=GATES_A_PROGRAM)
     return out
+
+
+def sample(logits: torch.Tensor, draws: Draws, config: SamplingConfig | None = None) -> torch.Tensor:
+    """As `kernels.sample`."""
+    config = config or SamplingConfig()
+    count, vocab = logits.shape
+    num_banned = len(draws.banned)
+    if num_banned:
+        ban_kernel[(triton.cdiv(num_banned, BANS_A_PROGRAM),)](
+            logits, draws.banned, logits.stride(0), num_banned, SIZE=BANS_A_PROGRAM
+        )
+    tokens = torch.empty(count, dtype=torch.int64, device=logits.device)
+    values = torch.empty((count, config.room), dtype=torch.float32, device=logits.device)
+    ids = torch.empty((count, config.room), dtype=torch.int32, device=logits.device)
+    # Fused, products and sums would be rounded otherwise than on the CPU.
+    sample_kernel[(count,)](
+        tokens, logits, draws.rows, values, ids, logits.stride(0), vocab,
+        TILE=config.tile, ROOM=config.room, GUIDE=config.guide, STEP=config.step, PIVOTS=config.pivots,
+        STAGES=config.num_stages, num_warps=config.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return tokens

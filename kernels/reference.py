@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from kernels.plan import AttentionPlan, Gather, WindowWork, plan_attention
 from kernels.quantize import KV, StoredKV
+from kernels.sampling import sample
 
 __all__ = [
     "add_rms_norm",
@@ -22,6 +23,7 @@ __all__ = [
     "rms_norm",
     "rotary_",
     "rotary_write_kv",
+    "sample",
     "silu_mul",
     "sink_attention",
     "write_kv",

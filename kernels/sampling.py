@@ -1,82 +1,225 @@
-"""Drawing tokens: a counter-based uniform number for each row, and the inverse of the filtered distribution.
+"""Drawing tokens: the rule that every implementation of `sample` keeps to the last bit, and its twin in NumPy.
 
-Knows logits and numbers. Invariant: a row's draw depends on that row's logits, parameters, seed and position alone.
+Knows logits and numbers. Invariant: a row's token depends on that row's logits, parameters, seed and position alone.
+
+Everything that is summed or compared is a whole number, so no order of summing and no device changes a token:
+
+    weight     of a token: floor(2^40 * 2^x), x = (logit - largest) * scale; 2^x by `POLYNOMIAL` in float32, each
+               product and each sum rounded once
+    ranking    by logit, the largest first, equal ones by token id
+    filters    each over what the one before left: the `top_k` first tokens; the fewest first tokens that weigh
+               floor(top_p * their total), and one at least; those that weigh `min_p` times as much as the first
+    draw       the first token in order of id up to which the tokens left weigh more than floor(uniform * their total)
+
+A logit that is NaN counts as -inf, 0.0 equals -0.0, and where no token weighs anything the first of the ranking is it.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 import torch
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+WEIGHT_BITS = 40  # 2^20 tokens can be summed
+FRACTION_BITS = 53  # of top_p and of a uniform number
+ALL = 1 << FRACTION_BITS
+# 2^f for f in [0, 1) within 1e-7, exact at 0; numbers of float32.
+_DIGITS = ("0x1p0", "0x1.62e4c8p-1", "0x1.ebd8ap-3", "0x1.c9444p-5", "0x1.269deep-7", "0x1.eca6fp-10")
+POLYNOMIAL = tuple(map(float.fromhex, _DIGITS))
+LEAST_POWER = -64.0  # of two: whatever is below weighs nothing
+SCALES = (2.0**-60, 2.0**60)
+
+SCALE, SEED, POSITION, TOP_K, TOP_P, MIN_P = range(6)
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+# A row is cut into so many parts, first few, then many: what is above the median of their maxima is looked at first.
+_LANES = (256, 2048)
 
 
-def philox(counter: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How the token of each row is drawn, in whole numbers, where the logits are."""
+
+    rows: torch.Tensor  # [n, 6] int64: bits of the float32 log2(e) / temperature or 0 where it is greedy, seed,
+    # position, top_k (0 keeps all), top_p * 2^FRACTION_BITS, min_p * 2^WEIGHT_BITS
+    banned: torch.Tensor  # [num_banned, 2] int64: row, token
+
+
+def plan_draws(
+    ways: npt.NDArray[np.float64], keys: Ints, banned: Sequence[tuple[int, int]], device: torch.device
+) -> Draws:
+    """`ways[n, 4]`: temperature (0: the most likely token), top_k (0 keeps all), top_p and min_p of each row.
+    `keys[n, 2]`: seed, of which all 64 bits count, and absolute position of the token. `banned`: (row, token) that must
+    not be drawn. Goes to `device` in one copy."""
+    count = len(ways)
+    temperature = ways[:, 0]
+    scale = np.clip(math.log2(math.e) / np.where(temperature > 0, temperature, 1.0), *SCALES).astype(np.float32)
+    flat = np.empty(6 * count + 2 * len(banned), dtype=np.int64)
+    rows = flat[: 6 * count].reshape(count, 6)
+    rows[:, SCALE] = np.where(temperature > 0, scale.view(np.int32), 0)
+    rows[:, SEED : POSITION + 1] = keys
+    rows[:, TOP_K] = ways[:, 1]
+    rows[:, TOP_P] = np.clip(ways[:, 2], 0.0, 1.0) * 2.0**FRACTION_BITS
+    rows[:, MIN_P] = np.ceil(np.clip(ways[:, 3], 0.0, 1.0) * 2.0**WEIGHT_BITS)
+    if banned:
+        flat[6 * count :].reshape(-1, 2)[:] = banned
+    there = torch.from_numpy(flat).to(device, non_blocking=True)
+    return Draws(there[: 6 * count].view(count, 6), there[6 * count :].view(-1, 2))
+
+
+def sample(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """As `kernels.sample`, computed on the CPU wherever the logits are."""
+    values = logits.cpu().numpy()
+    rows, banned = draws.rows.cpu().numpy(), draws.banned.cpu().numpy()
+    if len(banned):
+        values[banned[:, 0], banned[:, 1]] = -np.inf
+    tokens = values.argmax(1)
+    largest = values[np.arange(len(tokens)), tokens]
+    if np.isnan(largest).any():
+        values = np.where(np.isnan(values), np.float32(-np.inf), values)
+        tokens = values.argmax(1)
+        largest = values[np.arange(len(tokens)), tokens]
+    filtered = (rows[:, TOP_K] > 0) | (rows[:, TOP_P] < ALL) | (rows[:, MIN_P] > 0)
+    random = rows[:, SCALE] != 0
+    for chosen, draw in ((random & ~filtered, _unfiltered), (random & filtered, _filtered)):
+        index = np.flatnonzero(chosen)
+        if len(index):
+            every = len(index) == len(rows)
+            drawn = draw(values if every else values[index], largest[index], rows[index])
+            tokens[index] = np.where(drawn < 0, tokens[index], drawn)
+    return torch.from_numpy(tokens).to(logits.device)
+
+
+def philox(counter: Ints, key: Ints) -> Ints:
     """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 
     `counter[n, 4]` and `key[n, 2]` are int64 that hold 32-bit words; returns `[n, 4]` of the same kind.
     """
-    c0, c1, c2, c3 = counter.unbind(1)
-    k0, k1 = key.unbind(1)
-    for _ in range(_ROUNDS):
-        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
-    return torch.stack((c0, c1, c2, c3), dim=1)
+    multipliers = np.array(_MULTIPLIERS, dtype=np.uint64)[:, None]
+    steps = np.arange(_ROUNDS, dtype=np.uint64)[:, None, None] * np.array(_WEYL, dtype=np.uint64)[:, None]
+    keys = (key.T.astype(np.uint64) + steps) & np.uint64(_WORD)  # [rounds, 2, n]
+    even, odd = (counter.T[first::2].astype(np.uint64) for first in (0, 1))
+    for turn in keys:
+        product = even * multipliers
+        even, odd = (product >> np.uint64(32))[::-1] ^ odd ^ turn, (product & np.uint64(_WORD))[::-1]
+    return np.stack((even[0], odd[0], even[1], odd[1]), axis=1).view(np.int64)
 
 
-def counter_uniform(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One float64 in [0, 1) for each pair of `seeds[n]` (int64, all 64 bits used) and `positions[n]` (int64, >= 0)."""
-    zeros = torch.zeros_like(positions)
-    counter = torch.stack((positions & _WORD, positions >> 32, zeros, zeros), dim=1)
-    key = torch.stack((seeds & _WORD, (seeds >> 32) & _WORD), dim=1)
-    words = philox(counter, key)
-    return ((words[:, 0] << 21) | (words[:, 1] >> 11)).double() * 2.0**-53
+def uniform_bits(seeds: Ints, positions: Ints) -> Ints:
+    """A uniform number below 2^FRACTION_BITS for each pair of `seeds[n]` (all 64 bits used) and `positions[n]` >= 0."""
+    zeros = np.zeros_like(positions)
+    counter = np.stack((positions & _WORD, positions >> 32, zeros, zeros), axis=1)
+    words = philox(counter, np.stack((seeds & _WORD, (seeds >> 32) & _WORD), axis=1))
+    return (words[:, 0] << 21) | (words[:, 1] >> 11)
 
 
-def sample(
-    logits: torch.Tensor,
-    uniform: torch.Tensor,
-    temperature: torch.Tensor,
-    *,
-    top_k: torch.Tensor | None = None,
-    top_p: torch.Tensor | None = None,
-    min_p: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """One token id (int64) for each row of `logits[n, vocab]` by the inverse distribution function at `uniform[n]`.
-
-    Logits are divided by `temperature[n]` > 0. Then the filters, each over what the one before left: `top_k[n]` (int64,
-    0 keeps all) most likely tokens; the fewest most likely tokens that hold `top_p[n]` of the probability; tokens at
-    least `min_p[n]` times as likely as the first. One token is always left. Filtered rows are drawn in order of
-    probability, equal ones by token id; without filters (all None) in order of token id, which saves the sort.
-    """
-    scaled = logits.double() / temperature[:, None]
-    if top_k is None or top_p is None or min_p is None:
-        return _inverse(torch.softmax(scaled, dim=-1), uniform)
-    scaled, order = torch.sort(scaled, dim=-1, descending=True, stable=True)
-    rank = torch.arange(scaled.shape[1], device=scaled.device)[None, :]
-    keep = (rank < top_k[:, None]) | (top_k[:, None] == 0)
-    weights = torch.softmax(scaled.masked_fill(~keep, -torch.inf), dim=-1)
-    before = torch.cumsum(weights, dim=-1) - weights
-    keep = (before < top_p[:, None]) | (top_p[:, None] >= 1)
-    keep &= weights >= min_p[:, None] * weights[:, :1]
-    keep[:, 0] = True
-    drawn = _inverse(weights.masked_fill_(~keep, 0), uniform)
-    return order.gather(1, drawn[:, None])[:, 0]
+def portion(fraction: Ints, total: Ints) -> Ints:
+    """floor(`fraction` * `total` / 2^FRACTION_BITS), of a fraction up to 2^FRACTION_BITS and a total up to 2^60."""
+    low = (1 << 27) - 1
+    a, b, c, d = fraction >> 27, fraction & low, total >> 27, total & low
+    found: Ints = 2 * a * c + ((a * d + b * c + (b * d >> 27)) >> 26)
+    return found
 
 
-def _inverse(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The first index of each row whose running sum exceeds `uniform` of the row's total."""
-    running = torch.cumsum(weights, dim=-1)
-    # uniform < 1, but the product may round up to the total: the last positive weight is the answer then.
-    target = (uniform * running[:, -1]).minimum(running[:, -1] * (1 - 2.0**-52))
-    return torch.searchsorted(running, target[:, None], right=True)[:, 0].clamp_(max=weights.shape[1] - 1)
+def weights(values: Floats, largest: Floats, scale: Floats) -> Ints:
+    """Of `values[n, m]`, with `largest[n]` and `scale[n]` of each row."""
+    # Torch's operations on arrays in place take a third of NumPy's time, and round in the same way.
+    x = (torch.from_numpy(values) - torch.from_numpy(largest)[:, None]).mul_(torch.from_numpy(scale)[:, None])
+    x.clamp_(min=LEAST_POWER)
+    whole = x.floor()
+    x.sub_(whole)
+    power = x * POLYNOMIAL[-1]
+    for factor in POLYNOMIAL[-2:0:-1]:
+        power.add_(factor).mul_(x)
+    power.add_(POLYNOMIAL[0])
+    power.view(torch.int32).add_(whole.add_(WEIGHT_BITS).to(torch.int32), alpha=1 << 23)
+    return power.to(torch.int64).numpy()
 
 
-def _multiply(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of a product of 32-bit words; int64 wraps, its bits are those of the true product."""
-    product = a * b
-    return (product >> 32) & _WORD, product & _WORD
+def _unfiltered(values: Floats, largest: Floats, rows: Ints) -> Ints:
+    return _located(weights(values, largest, _scales(rows)), rows)
+
+
+def _located(kept: Ints, rows: Ints) -> Ints:
+    """The column of `kept[n, m]` weights that each row draws, -1 where there is none."""
+    running = torch.from_numpy(kept).cumsum(1).numpy()
+    target = portion(uniform_bits(rows[:, SEED], rows[:, POSITION]), running[:, -1])
+    found = np.array([np.searchsorted(*pair, side="right") for pair in zip(running, target, strict=True)])
+    return np.where(found < kept.shape[1], found, -1)
+
+
+def _filtered(values: Floats, largest: Floats, rows: Ints) -> Ints:
+    """Looks at the first tokens of the ranking alone, and where the filters leave more, at more of them."""
+    totals = np.full(len(rows), np.iinfo(np.int64).max, dtype=np.int64)
+    whole = np.flatnonzero((rows[:, TOP_K] == 0) & (rows[:, TOP_P] < ALL))
+    if len(whole):
+        part = values if len(whole) == len(rows) else values[whole]
+        totals[whole] = torch.from_numpy(weights(part, largest[whole], _scales(rows[whole]))).sum(1).numpy()
+    drawn, left = np.zeros(len(rows), dtype=np.int64), np.arange(len(rows))
+    for lanes in _LANES:
+        if not len(left):
+            return drawn
+        part = values if len(left) == len(rows) else values[left]
+        if 2 * lanes <= values.shape[1]:
+            ids, likely = _most_likely(part, lanes)
+            drawn[left], enough = _drawn(likely, ids, largest[left], rows[left], totals[left])
+            left = left[~enough]
+    if len(left):
+        every = np.arange(values.shape[1])[None, :].repeat(len(left), 0)
+        drawn[left], _ = _drawn(values[left], every, largest[left], rows[left], totals[left])
+    return drawn
+
+
+def _most_likely(values: Floats, num_lanes: int) -> tuple[Ints, Floats]:
+    """Ids, in order, and values of all that are at least some value of each row: both `[n, most of a row]`, filled up
+    with -inf. The value is the median of the largest of `num_lanes` parts of a row."""
+    count, size = values.shape
+    lanes = torch.from_numpy(values[:, : size // num_lanes * num_lanes]).view(count, -1, num_lanes).amax(1).numpy()
+    guide = np.partition(lanes, num_lanes // 2, axis=1)[:, num_lanes // 2, None]
+    row, token = np.divmod(np.flatnonzero(values >= guide), size)
+    each = np.bincount(row, minlength=count)
+    place = np.arange(len(row)) - np.repeat(np.cumsum(each) - each, each)
+    ids = np.zeros((count, int(each.max(initial=1))), dtype=np.int64)
+    likely = np.full(ids.shape, -np.inf, dtype=np.float32)
+    ids[row, place] = token
+    likely[row, place] = values[row, token]
+    return ids, likely
+
+
+def _drawn(values: Floats, ids: Ints, largest: Floats, rows: Ints, totals: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """A token of each row of `values[n, m]`, whose `ids` are in order, -1 where nothing weighs; and whether the filters
+    leave none but these. `totals` are the weights of whole rows, where they are asked for."""
+    size, scale, every = values.shape[1], _scales(rows), np.arange(len(rows))
+    ranked = -np.sort(-values, axis=1)
+    ranked_weights = weights(ranked, largest, scale)
+    running = np.cumsum(ranked_weights, axis=1)
+    top_k = np.where(rows[:, TOP_K] > 0, np.minimum(rows[:, TOP_K], size), size)
+    total = np.where(rows[:, TOP_K] > 0, running[every, top_k - 1], totals)
+    limit = np.where(rows[:, TOP_P] < ALL, np.maximum(portion(rows[:, TOP_P], total), 1), total)
+    kept = np.minimum((running - ranked_weights < limit[:, None]).sum(1), top_k)
+    last = ranked[every, kept - 1, None]
+    equal, above = values == last, values > last
+    equal &= np.cumsum(equal, axis=1) <= (kept - above.sum(1))[:, None]
+    weight = weights(values, largest, scale)
+    least = rows[:, MIN_P]
+    weight *= (above | equal) & (weight >= least[:, None])
+    found = _located(weight, rows)
+    drawn = np.where(found < 0, -1, ids[every, found])
+    count = np.isfinite(values).sum(1)
+    # Weights follow the ranking but for rounding.
+    past = ranked_weights[every, np.maximum(count - 1, 0)] < least - (least >> 10)
+    return drawn, np.where(rows[:, TOP_K] > 0, rows[:, TOP_K] <= count, (running[:, -1] >= limit) | past)
+
+
+def _scales(rows: Ints) -> Floats:
+    return rows[:, SCALE].astype(np.int32).view(np.float32)

@@ -20,42 +20,55 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.configs import tuning
+from kernels.configs import SamplingConfig, tuning
 from kernels.jit.decode import decode_kernel
 from kernels.jit.rows import norm_kernel, write_kernel
+from kernels.jit.sampling import ban_kernel, sample_kernel
 from kernels.jit.wide import wide_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d\s+)?([A-Z0-9_.]+)", re.MULTILINE)
-FLOATS = {"parts", "states"}
+FLOATS = {"parts", "states", "logits", "list_values"}
+LONGS = {"drawn", "rows", "banned"}
 # Of a layer in each format what attention reads, and what is written.
 READ = {"same": "*bf16", "int8": "*i8", "fp8": "*fp8e4nv", "int4": "*u8"}
 WRITTEN = READ | {"fp8": "*u8"}
 LARGEST = {"same": 0.0, "int8": 127.0, "fp8": 448.0, "int4": 7.0}
 ROW_BYTES = {"same": 128, "int8": 130, "fp8": 130, "int4": 66}  # of a token, scale included; elements of "same"
-NUMBERS = {"tables", "items", "part_slots", "counters", "tokens", "positions", "slots"}
+NUMBERS = {"tables", "items", "part_slots", "counters", "tokens", "positions", "slots", "list_ids"}
 
 
-def variants(kind: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
+def variants(kind: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     """Kernel, constants and options of each build: the shapes of an 8B model, block size 16."""
     row = {"NUM_QUERY": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "HALF": 64, "BLOCK_SIZE": 16, "HEADS": 8}
     row |= {"ROTATE": True, "LARGEST": LARGEST[kind], **layout(kind)}
     made = attentions(kind) | {"write": (write_kernel, row, {"num_warps": 2})}
     if kind == "same":
         made["norm"] = (norm_kernel, {"SIZE": 4096, "WIDTH": 4096, "ADD": True}, {"num_warps": 8})
+        made |= sampling()
     return made
+
+
+def sampling() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
+    config = SamplingConfig()
+    sizes = {"TILE": config.tile, "ROOM": config.room, "GUIDE": config.guide, "STEP": config.step}
+    sizes |= {"PIVOTS": config.pivots, "STAGES": config.num_stages}
+    return {
+        "sample": (sample_kernel, sizes, {"num_warps": config.num_warps, "enable_fp_fusion": False}),
+        "ban": (ban_kernel, {"SIZE": 128}, {}),
+    }
 
 
 def layout(kind: str) -> dict[str, Any]:
     return {"HEAD_ROW": 16 * ROW_BYTES[kind], "KIND": kind}
 
 
-def attentions(kind: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
+def attentions(kind: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     heads = {"NUM_KV_HEADS": 8, "GROUP": 4, "HEAD_DIM": 128, "DIM": 128, "BLOCK_SIZE": 16, "HAS_SINKS": False}
     heads |= layout(kind)
     tuned = tuning(128, 2, scaled=kind != "same")
     decode, wide, many = tuned.decode, tuned.wide, tuned.many
-    made: dict[str, tuple[Any, dict[str, Any], dict[str, int]]] = {
+    made: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         "decode": (
             decode_kernel,
             heads | {"ROWS": 16, "MERGE_ROWS": 4, "MERGE_STEP": 16, "TILE": decode.tile},
@@ -76,7 +89,7 @@ def attentions(kind: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, int]
     return made
 
 
-def build(kernel: Any, constants: dict[str, Any], options: dict[str, int]) -> dict[str, Any]:
+def build(kernel: Any, constants: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Compile with bfloat16 tensors, 16-byte aligned, and count instructions."""
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -98,9 +111,9 @@ def build(kernel: Any, constants: dict[str, Any], options: dict[str, int]) -> di
 def _kind(name: str) -> str:
     if name in ("scale", "eps"):
         return "fp32"
-    if name.endswith("stride"):
+    if name.endswith("stride") or name in ("vocab", "count"):
         return "i32"
-    return "*fp32" if name in FLOATS else "*i32" if name in NUMBERS else "*bf16"
+    return "*fp32" if name in FLOATS else "*i64" if name in LONGS else "*i32" if name in NUMBERS else "*bf16"
 
 
 if __name__ == "__main__":

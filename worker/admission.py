@@ -129,7 +129,7 @@ class Admission:
         All its tokens; but with a window, that gives others back meanwhile, or a CPU tier, that copies what is evicted
         first and is no faster than the steps, only to `end`.
         """
-        num_tokens = len(sequence.token_ids)
+        num_tokens = sequence.num_tokens
         at_once = self._limits.window is None and self._tiers is None
         return num_tokens if at_once else min(num_tokens, end)
 
@@ -147,7 +147,7 @@ class Admission:
         return self._pool.has_room(wanted, alone=sequence.blocks.is_alone)
 
     def _missing(self, sequence: Sequence) -> int:
-        return -(-len(sequence.token_ids) // self._pool.block_size) - len(sequence.blocks.block_ids)
+        return -(-sequence.num_tokens // self._pool.block_size) - len(sequence.blocks.block_ids)
 
     def leave_window(self, sequence: Sequence) -> None:
         """Give back blocks that no token to come will read."""

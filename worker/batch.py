@@ -46,7 +46,10 @@ class ScheduledSequence:
     but for blocks that left a sliding window: their id is -1, and no query of the step may see them.
     `sampling` is None while the chunk ends before the sequence's last token; else one token is sampled after it, at
     absolute position `start + len(token_ids)`, and none of `banned_token_ids` is drawn. `fork_sampling` draws further
-    tokens at that same position: the first ones of sequences that have the prompt in common and go apart here.
+    tokens at that same position: the first ones of the sequences `fork_ids`, which have the prompt in common and go
+    apart here.
+    With `follows` the one token of `token_ids` stands for another: for what the step launched before draws as that
+    number of its answer.
     """
 
     sequence_id: int
@@ -56,6 +59,13 @@ class ScheduledSequence:
     sampling: SamplingParams | None = None
     banned_token_ids: tuple[int, ...] = ()
     fork_sampling: tuple[SamplingParams, ...] = ()
+    fork_ids: tuple[int, ...] = ()
+    follows: int | None = None
+
+    @property
+    def end(self) -> int:
+        """The first position behind what is computed."""
+        return self.start + len(self.token_ids)
 
     @property
     def draws(self) -> tuple[SamplingParams, ...]:

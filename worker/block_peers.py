@@ -22,7 +22,8 @@ from kvstore.scope import Region
 from pando.errors import InvalidRequest
 from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
-from worker.engine import Engine, EngineStopped
+from worker.engine import Engine
+from worker.engine_work import EngineStopped
 from worker.link_messages import PullOrder, export_order, regions_message
 from worker.offload import Offload
 from worker.sequence import SequenceRequest

@@ -1,7 +1,8 @@
 """The engine: one thread that turns requests into tokens, `step() = schedule, run, finish`.
 
 Knows no wire and no asyncio: work comes in through one queue and leaves by one callback a step. Only this thread
-touches scheduler, pool and runner; a step that fails ends its own sequences, a broken invariant ends the engine.
+touches scheduler, pool and runner; a step that fails ends its own sequences, a broken invariant ends the engine. With
+`overlap` the next step is scheduled and launched while one runs, and that one is finished while the next one runs.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ import time
 from array import array
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from kvstore.block_pool import BlockPool
 from kvstore.events import Event
@@ -23,7 +22,9 @@ from kvstore.scope import Region, ScopeRoot
 from kvstore.tiers import TierCounts
 from pando.errors import ConfigError
 from worker.batch import Batch, SamplingParams
+from worker.engine_work import Call, Cancel, Drain, Stop, Unpin, Work, WorkQueue
 from worker.holdings import Holdings, PinRequest, PurgeCount
+from worker.launched_steps import LaunchedSteps
 from worker.offload import MOVING_INTERVAL_S, Offload
 from worker.runner import Runner
 from worker.scheduler import Scheduler
@@ -68,52 +69,10 @@ class StepReport:
     seconds: float
     num_preemptions: int
     moved: TierCounts | None = None
+    num_discarded_tokens: int = 0
+    """Since the start: computed for sequences that had ended."""
 
 
-class EngineStopped(RuntimeError):
-    """The engine's thread has ended and does nothing any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    sequence_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Unpin:
-    name: str
-
-
-class _Call:
-    """Work of somebody else's, done between two steps."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self._work = work
-        self.answer: Future[Any] = Future()
-
-    def run(self) -> None:
-        if not self.answer.set_running_or_notify_cancel():
-            return
-        try:
-            self.answer.set_result(self._work())
-        except BaseException as error:  # whoever waits must not wait for ever; the engine ends all the same
-            self.answer.set_exception(error)
-            raise
-
-    def refuse(self) -> None:
-        if self.answer.set_running_or_notify_cancel():
-            self.answer.set_exception(EngineStopped())
-
-
-class _Drain:
-    """Take no more requests."""
-
-
-class _Stop:
-    """End the thread."""
-
-
-_Work = SequenceRequest | _Cancel | PinRequest | _Unpin | _Call | _Drain | _Stop
 OnStep = Callable[[StepReport], None]
 
 
@@ -130,6 +89,7 @@ class Engine:
         holdings: Holdings | None = None,
         offload: Offload | None = None,
         on_broken: Callable[[], None] = lambda: None,
+        overlap: bool = False,
         clock: Clock = time.monotonic,
     ) -> None:
         self.clock = clock
@@ -141,8 +101,8 @@ class Engine:
         self._store = pool if offload is None else offload.tiers
         self._on_step = on_step
         self._on_broken = on_broken
-        self._work: SimpleQueue[_Work] = SimpleQueue()
-        self._rates = StepRates()
+        self._work = WorkQueue()
+        self._steps = LaunchedSteps(runner, clock, overlap=overlap)
         self._load_at = float("-inf")
         self._checked_at = clock()
         self._stopping = False
@@ -166,7 +126,7 @@ class Engine:
 
     def cancel(self, sequence_id: int) -> None:
         """End a sequence before the next step; no-op for one that has ended."""
-        self._work.put(_Cancel(sequence_id))
+        self._work.put(Cancel(sequence_id))
 
     def pin(self, request: PinRequest) -> None:
         """Keep a published prefix, as far as it is cached."""
@@ -174,7 +134,7 @@ class Engine:
 
     def unpin(self, name: str) -> None:
         """Give up a pin; no-op for one that is over."""
-        self._work.put(_Unpin(name))
+        self._work.put(Unpin(name))
 
     def purge(self, roots: Iterable[ScopeRoot]) -> Future[PurgeCount]:
         """Forget all blocks of these owners and end their sequences. The answer may be `EngineStopped`."""
@@ -184,19 +144,19 @@ class Engine:
     def call(self, work: Callable[[], R]) -> Future[R]:
         """Do something with what is the engine thread's, between two steps. The answer may be `EngineStopped`; what
         `work` raises ends the engine."""
-        call = _Call(work)
+        call = Call(work)
         self._work.put(call)
         if self._over:
-            self._refuse_rest()
+            self._work.refuse_calls()
         return call.answer
 
     def drain(self) -> None:
         """Reject requests from now on; those taken before go on."""
-        self._work.put(_Drain())
+        self._work.put(Drain())
 
     def stop(self) -> None:
         """End the thread after the present step; what still runs ends as failed. Idempotent."""
-        self._work.put(_Stop())
+        self._work.put(Stop())
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -204,44 +164,55 @@ class Engine:
 
     def step(self) -> bool:
         """Take queued work, then schedule, run, finish; whether a batch ran."""
+        if not self._steps and not self._launch_next():
+            self._finish(None, 0.0)
+            return False
+        if self._steps.wait_until_late():
+            self._launch_next()
+        self._end_oldest()
+        return True
+
+    def _launch_next(self) -> bool:
+        """Schedule the next step, as far as it can be known now, and launch it; whether there is one."""
         self._take_queued()
+        if self._work.holds_call:
+            return False
         self._holdings.expire(self.clock())
         if self._offload is not None:
             self._offload.answer(
-                step_s=self._rates.step_ms / 1e3,
+                step_s=self.rates.step_ms / 1e3,
                 num_sequences=self._scheduler.num_sequences,
-                prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
+                prefill_tokens_per_s=self.rates.prefill_tokens_per_s,
             )
         batch = self._scheduler.schedule(self.clock())
         if self._offload is not None:
-            self._offload.order(idle=batch is None)
-        seconds = self._run(batch) if batch is not None else 0.0
-        self._finish(batch, seconds)
+            self._offload.order(idle=batch is None and not self._steps)
+        if batch is not None:
+            self._steps.launch(batch)
         return batch is not None
 
-    def _run(self, batch: Batch) -> float:
-        """Execute and account; the seconds it took. A failing runner fails this step's sequences and nobody else's."""
-        began = self.clock()
-        try:
-            token_ids = self._runner.execute(batch)
-            _check_tokens(batch, token_ids, self._runner.spec.vocab_size)
-        except Exception:  # the containment of a step: any runner error is its sequences' error
-            logger.exception("a step of %d sequences failed", len(batch.sequences))
-            self._scheduler.fail(batch, "RUNNER_ERROR")
-            return self.clock() - began
-        seconds = self.clock() - began
-        self._rates.record(batch, seconds)
-        self._scheduler.complete(batch, token_ids)
-        return seconds
+    def _end_oldest(self) -> None:
+        """Wait for the oldest step and take it over. A failing one fails its sequences and nobody else's."""
+        step = self._steps.take_oldest()
+        if step.token_ids is not None:
+            self._scheduler.complete(step.batch, step.token_ids)
+        else:
+            self._scheduler.fail(step.batch, "RUNNER_ERROR")
+        self._finish(step.batch, step.seconds)
 
     def _finish(self, batch: Batch | None, seconds: float) -> None:
         outputs = self._scheduler.take_outputs()
         events = self._store.take_events()
         load = self._load_if_due()
         if batch is not None or outputs or events or load is not None:
-            preempted = self._scheduler.num_preemptions
-            moved = self._offload.counts if self._offload is not None else None
-            self._on_step(StepReport(outputs, events, load, batch, seconds, preempted, moved))
+            scheduler, moved = self._scheduler, self._offload.counts if self._offload is not None else None
+            counts = scheduler.num_preemptions, moved, scheduler.num_discarded_tokens
+            self._on_step(StepReport(outputs, events, load, batch, seconds, *counts))
+
+    @property
+    def rates(self) -> StepRates:
+        """How fast the worker is."""
+        return self._steps.rates
 
     def _load_if_due(self) -> Load | None:
         now = self.clock()
@@ -263,37 +234,34 @@ class Engine:
             free_blocks=self._pool.num_free,
             cached_blocks=self._pool.num_cached,
             device_blocks=self._pool.num_blocks,
-            prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
-            step_ms=self._rates.step_ms,
+            prefill_tokens_per_s=self.rates.prefill_tokens_per_s,
+            step_ms=self.rates.step_ms,
             draining=self._scheduler.draining,
         )
 
     # Work
 
     def _take_queued(self) -> None:
-        while True:
-            try:
-                work = self._work.get_nowait()
-            except Empty:
-                return
+        """All there is; but calls, which are done between two steps, when no step is on its way."""
+        while (work := self._work.get(calls=not self._steps)) is not None:
             self._take(work)
 
-    def _take(self, work: _Work) -> None:
+    def _take(self, work: Work) -> None:
         match work:
             case SequenceRequest():
                 self.admit(work)
                 self._scheduler.submit(work, self.clock())
-            case _Cancel():
+            case Cancel():
                 self._scheduler.cancel(work.sequence_id)
             case PinRequest():
                 self._holdings.pin(work, self.clock())
-            case _Unpin():
+            case Unpin():
                 self._holdings.unpin(work.name)
-            case _Call():
+            case Call():
                 work.run()
-            case _Drain():
+            case Drain():
                 self._scheduler.draining = True
-            case _Stop():
+            case Stop():
                 self._stopping = True
 
     def _purge(self, owners: frozenset[ScopeRoot]) -> PurgeCount:
@@ -307,10 +275,12 @@ class Engine:
             self._warm_up()
             self._warm.set()
             while not self._stopping:
-                if not self._scheduler.num_sequences:
+                if not self._scheduler.num_sequences and not self._steps:
                     self._idle()
                 if not self.step() and self._scheduler.num_sequences:
                     self._pause(MOVING_INTERVAL_S)
+            while self._steps:
+                self._end_oldest()
             self._scheduler.fail_all("WORKER_STOPPED")
             self._finish(None, 0.0)
         except Exception:  # the end of the thread: a broken invariant stops the worker
@@ -318,23 +288,13 @@ class Engine:
             self._break_down()
         finally:
             self._over = True
-            self._refuse_rest()
-
-    def _refuse_rest(self) -> None:
-        """Answer those who wait for an answer that nobody will give."""
-        with suppress(Empty):
-            while True:
-                work = self._work.get_nowait()
-                if isinstance(work, _Call):
-                    work.refuse()
+            self._work.refuse_calls()
 
     def _idle(self) -> None:
         """Sleep until there is work, after the last load is said and the pool has been looked over."""
-        try:
-            self._take(self._work.get(timeout=max(0.0, self._load_at + LOAD_INTERVAL_S - self.clock())))
+        if self._pause(max(0.0, self._load_at + LOAD_INTERVAL_S - self.clock())):
             return
-        except Empty:
-            self._finish(None, 0.0)
+        self._finish(None, 0.0)
         if self.clock() - self._checked_at >= CHECK_INTERVAL_S:
             self._store.check()
             self._checked_at = self.clock()
@@ -343,17 +303,21 @@ class Engine:
         else:
             self._pause(CHECK_INTERVAL_S if self._holdings.num_pins else None)
 
-    def _pause(self, seconds: float | None) -> None:
-        """Sleep until there is work, so long at most."""
-        with suppress(Empty):
-            self._take(self._work.get(timeout=seconds))
+    def _pause(self, seconds: float | None) -> bool:
+        """Sleep until there is work, so long at most; whether some was taken."""
+        work = self._work.get(seconds)
+        if work is not None:
+            self._take(work)
+        return work is not None
 
     def _break_down(self) -> None:
         """Fail what is there without touching the pool, which cannot be trusted any more."""
         self._failed = True
         self._scheduler.abandon("WORKER_STOPPED")
         outputs = self._scheduler.take_outputs()
-        self._on_step(StepReport(outputs, [], None, None, 0.0, self._scheduler.num_preemptions))
+        scheduler = self._scheduler
+        discarded = scheduler.num_discarded_tokens
+        self._on_step(StepReport(outputs, [], None, None, 0.0, scheduler.num_preemptions, None, discarded))
         self._warm.set()
         self._on_broken()
 
@@ -362,13 +326,15 @@ class Engine:
         spec = self._runner.spec
         room = min(spec.max_model_len, spec.num_blocks * spec.block_size) - 2
         for num_tokens in (16, WARM_UP_TOKENS):
-            self._rates = StepRates()
+            self._steps.rates = StepRates()
             if min(num_tokens, room) > 0:
                 self._scheduler.submit(_made_up(min(num_tokens, room), spec.vocab_size), self.clock())
             while (batch := self._scheduler.schedule(self.clock())) is not None:
-                began = self.clock()
-                self._scheduler.complete(batch, self._runner.execute(batch))
-                self._rates.record(batch, self.clock() - began)
+                self._steps.launch(batch)
+                step = self._steps.take_oldest()
+                if step.token_ids is None:
+                    raise RuntimeError("a made-up request failed")
+                self._scheduler.complete(batch, step.token_ids)
             self._scheduler.take_outputs()
 
 
@@ -381,9 +347,3 @@ def _made_up(num_tokens: int, vocab_size: int) -> SequenceRequest:
         sampling=SamplingParams(max_tokens=2),
         no_store=True,
     )
-
-
-def _check_tokens(batch: Batch, token_ids: list[int], vocab_size: int) -> None:
-    wanted = sum(len(share.draws) for share in batch.sequences)
-    if len(token_ids) != wanted or not all(0 <= token_id < vocab_size for token_id in token_ids):
-        raise ValueError("the runner's answer does not fit its batch")

@@ -41,7 +41,7 @@ class StepMetrics:
         self._then = then
         self._pools: dict[str, BlockPool] = {}
         self._labels = {"model_name": model, "worker": worker}
-        self._num_preemptions = 0
+        self._num_preemptions = self._num_discarded = 0
         self._running = self._gauge("num_requests_running", "Sequences that run")
         self._waiting = self._gauge("num_requests_waiting", "Sequences that wait")
         self._usage = self._gauge("kv_cache_usage_perc", "Share of the KV blocks that sequences hold, 0 to 1")
@@ -49,6 +49,7 @@ class StepMetrics:
         self._rate = self._gauge("prefill_tokens_per_second", "Moving average of the prefill rate")
         self._prompt = self._counter("prompt_tokens", "Prefill tokens computed")
         self._generated = self._counter("generation_tokens", "Tokens generated")
+        self._discarded = self._counter("discarded_tokens", "Tokens computed for sequences that had ended meanwhile")
         self._hits = Counter(
             "pando_prefix_cache_hits",
             "Prompt tokens found in the prefix cache at admission, by tier and by whose they are: own, published",
@@ -101,6 +102,8 @@ class StepMetrics:
             self._prompt.inc(_prefill_tokens(report.batch))
         self._preempted.inc(report.num_preemptions - self._num_preemptions)
         self._num_preemptions = report.num_preemptions
+        self._discarded.inc(report.num_discarded_tokens - self._num_discarded)
+        self._num_discarded = report.num_discarded_tokens
         self._count_outputs(report.outputs)
         if report.moved is not None and report.moved != self._moved_before:
             self._count_moved(report.moved)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 import os
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 import kernels
@@ -27,8 +26,10 @@ from worker.checks import check_kv, check_length
 from worker.cpu_tier import CpuTier
 from worker.models.config import ModelConfig, read_config, with_window
 from worker.models.decoder import Decoder, load_decoder
-from worker.runner import ModelSpec
-from worker.sampler import Draw
+from worker.runner import ModelSpec, StepInFlight
+from worker.step_inputs import Ints, StepInputs, independent_copies, step_inputs, written_blocks
+from worker.step_stream import StreamStep
+from worker.step_thread import ThreadStep
 from worker.weights import Checkpoint, fingerprint, weight_files
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,6 @@ BYTES_PER_THREAD = 64 * 1024 * 1024
 
 # The longest sequence where attention has a window: rotary angles stay exact far beyond it.
 ENDLESS = 1 << 30
-
-Ints = npt.NDArray[np.int64]
 
 
 def load_model_runner(settings: WorkerSettings) -> ModelRunner:
@@ -107,28 +106,39 @@ class ModelRunner:
         config = decoder.config
         self._windows = tuple(dict.fromkeys(config.windows))
         self._sinks = {} if config.sink_window is None else {config.sink_window: config.sinks}
+        # A CUDA stream is what a thread is elsewhere: launching waits for nothing.
+        self._thread = None if self._device.type == "cuda" else ThreadPoolExecutor(1, "step")
+        self._drawn = _none_drawn(self._device)
 
-    @torch.inference_mode()
+    @property
+    def runs_beside(self) -> bool:
+        return self._device.type == "cuda"
+
     def execute(self, batch: Batch) -> list[int]:
         """Run the step; one token id for each sequence that has `sampling`, in batch order."""
-        inputs = self._inputs(batch)
-        draws, wanted = _draws(batch)
-        hidden = self._hidden(batch, inputs, np.unique(wanted))
-        if not draws:
-            return []
-        if len(hidden) < len(draws):  # forks draw from one row
-            hidden = hidden.index_select(0, self._tensor(np.unique(wanted, return_inverse=True)[1]))
-        return sampler.choose(self.decoder.logits(hidden), draws)
+        drawn: list[int] = self._run(self._prepared(batch)).tolist()
+        return drawn
+
+    def launch(self, batch: Batch) -> StepInFlight:
+        """The step goes to the device's stream; where that is the CPU, to a thread of its own."""
+        step = self._prepared(batch)
+        if self._thread is None:
+            return StreamStep(self._run(step))
+        return ThreadStep(self._thread.submit(lambda: self._run(step).tolist()))
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:
         """Run the step and return the logits after every token of it, `[num_tokens, vocab_size]` float32 on the CPU:
         for tests and for perplexity; nothing is sampled."""
-        hidden = self._hidden(batch, self._inputs(batch), None)
+        inputs = self._prepared(batch)
+        hidden = self._hidden(inputs, self._tensor(inputs.token_ids), None)
         return self.decoder.logits(hidden).cpu()
 
     def close(self) -> None:
-        """Free weights and cache, CPU memory too. The runner must not be used after."""
+        """Free weights and cache, CPU memory too, when the steps launched have ended. The runner must not be used
+        after."""
+        if self._thread is not None:
+            self._thread.shutdown()
         if self.mover is not None:
             self.mover.close()
         self._decoder = None
@@ -149,12 +159,33 @@ class ModelRunner:
             raise RuntimeError("the runner is closed")
         return self._decoder
 
-    def _hidden(self, batch: Batch, inputs: _Inputs, wanted: Ints | None) -> torch.Tensor:
+    def _prepared(self, batch: Batch) -> StepInputs:
+        """All that is read of a batch; from here on its step may run."""
+        if self.mover is not None:
+            self.mover.before_writes(written_blocks(batch, self.spec.block_size))
+        return step_inputs(batch, self.spec)
+
+    @torch.inference_mode()
+    def _run(self, step: StepInputs) -> torch.Tensor:
+        """What is drawn, int64 on the device. Does not wait for it."""
+        drawn, self._drawn = self._drawn, _none_drawn(self._device)
+        token_ids = self._tensor(step.token_ids)
+        followed = step.followed[step.followed[:, 1] < len(drawn)]  # none is, of a step that failed
+        if len(followed):
+            at = self._tensor(followed)
+            token_ids[at[:, 0]] = drawn[at[:, 1]]
+        wanted, rows = np.unique(step.wanted, return_inverse=True)
+        hidden = self._hidden(step, token_ids, wanted)
+        if step.draws:
+            if len(hidden) < len(step.draws):  # forks draw from one row
+                hidden = hidden.index_select(0, self._tensor(rows))
+            self._drawn = sampler.start(self.decoder.logits(hidden), step.draws)
+        return self._drawn
+
+    def _hidden(self, inputs: StepInputs, token_ids: torch.Tensor, wanted: Ints | None) -> torch.Tensor:
         """After the last token of each of the `wanted` sequences, by their number in the batch, or after all tokens."""
         cache = self.cache
-        if self.mover is not None:
-            self.mover.before_writes(_written(batch, self.spec.block_size))
-        for copies in _independent(batch.copies):
+        for copies in independent_copies(inputs.copies):
             self._copy(cache, copies)
         plan = self._plan(inputs.query_lens, inputs.context_lens, inputs.block_tables)
         rows = None if wanted is None else inputs.query_ends[wanted] - 1
@@ -162,13 +193,12 @@ class ModelRunner:
         last = None
         if rows is not None and wanted is not None and not whole and self._device.type == "cpu":
             last = kernels.LastRows(self._tensor(rows), self._plan_last(inputs, wanted))
-        ids, positions = self._tensor(inputs.token_ids), self._tensor(inputs.positions)
-        hidden = self.decoder.hidden(ids, positions, cache.layers, plan, last)
+        hidden = self.decoder.hidden(token_ids, self._tensor(inputs.positions), cache.layers, plan, last)
         if rows is None or whole or last is not None:
             return hidden
         return hidden.index_select(0, self._tensor(rows))
 
-    def _plan_last(self, inputs: _Inputs, wanted: Ints) -> kernels.AttentionPlan | None:
+    def _plan_last(self, inputs: StepInputs, wanted: Ints) -> kernels.AttentionPlan | None:
         """Of the last token alone of these sequences, which is all that the last layer has to attend for."""
         if not len(wanted):
             return None
@@ -189,86 +219,15 @@ class ModelRunner:
         pairs = self._tensor(np.array([(copy.source, copy.target) for copy in copies], dtype=np.int64))
         kernels.copy_blocks(cache.blocks, pairs[:, 0], pairs[:, 1])
 
-    def _inputs(self, batch: Batch) -> _Inputs:
-        """All index arrays of a step, each made in one go."""
-        sequences = batch.sequences
-        token_ids = np.concatenate([np.asarray(sequence.token_ids) for sequence in sequences]).astype(np.int64)
-        query_lens = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
-        starts = np.array([sequence.start for sequence in sequences], dtype=np.int64)
-        context_lens = starts + query_lens
-        query_ends = np.cumsum(query_lens)
-        widths = (-(-context_lens // self.spec.block_size)).tolist()
-        block_tables = np.full((len(sequences), max(widths)), -1, dtype=np.int64)
-        for row, (sequence, width) in enumerate(zip(sequences, widths, strict=True)):
-            sinks, first = self._read_blocks(sequence.start)
-            if first > sinks:
-                block_tables[row, :sinks] = sequence.block_ids[:sinks]
-            else:
-                first = 0
-            block_tables[row, first:width] = sequence.block_ids[first:width]
-        return _Inputs(
-            token_ids=token_ids,
-            positions=np.arange(len(token_ids)) + np.repeat(starts - query_ends + query_lens, query_lens),
-            query_lens=query_lens,
-            query_ends=query_ends,
-            context_lens=context_lens,
-            block_tables=block_tables,
-        )
-
-    def _read_blocks(self, start: int) -> tuple[int, int]:
-        """A step from position `start` on reads so many first blocks, and those from the second number on."""
-        spec = self.spec
-        first = 0 if spec.window is None else max(0, start - spec.window + 1) // spec.block_size
-        return -(-spec.sinks // spec.block_size), first
-
     def _tensor(self, values: Ints) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device, non_blocking=True)
+        there = torch.from_numpy(values)
+        if self._device.type == "cuda":  # a copy from memory that is not pinned may wait for the device
+            there = there.pin_memory()
+        return there.to(self._device, non_blocking=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """A batch as arrays; tokens of all sequences packed in order."""
-
-    token_ids: Ints  # [num_tokens]
-    positions: Ints  # [num_tokens]
-    query_lens: Ints  # [num_seqs]
-    query_ends: Ints  # [num_seqs], of num_tokens
-    context_lens: Ints  # [num_seqs]
-    block_tables: Ints  # [num_seqs, max_blocks]
-
-
-def _draws(batch: Batch) -> tuple[list[Draw], Ints]:
-    """What to sample, and after which of the sequences, by their number in the batch."""
-    draws: list[Draw] = []
-    wanted: list[int] = []
-    for index, sequence in enumerate(batch.sequences):
-        position = sequence.start + len(sequence.token_ids)
-        for sampling in sequence.draws:
-            draws.append(Draw(sampling, position, sequence.banned_token_ids))
-            wanted.append(index)
-    return draws, np.array(wanted, dtype=np.int64)
-
-
-def _written(batch: Batch, block_size: int) -> Iterator[int]:
-    """The blocks that the step writes."""
-    yield from (copy.target for copy in batch.copies)
-    for sequence in batch.sequences:
-        last = sequence.start + len(sequence.token_ids) - 1
-        yield from sequence.block_ids[sequence.start // block_size : last // block_size + 1]
-
-
-def _independent(copies: Sequence[BlockCopy]) -> Iterator[list[BlockCopy]]:
-    """Copies in order, in runs of which none reads what one before it writes, or writes what one before it writes."""
-    run: list[BlockCopy] = []
-    targets: set[int] = set()
-    for copy in copies:
-        if copy.source in targets or copy.target in targets:
-            yield run
-            run, targets = [], set()
-        run.append(copy)
-        targets.add(copy.target)
-    if run:
-        yield run
+def _none_drawn(device: torch.device) -> torch.Tensor:
+    return torch.zeros(0, dtype=torch.int64, device=device)
 
 
 def _config(settings: WorkerSettings, folder: Path) -> ModelConfig:

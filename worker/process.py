@@ -143,6 +143,7 @@ class WorkerProcess:
             holdings=holdings,
             offload=offload,
             on_broken=self._on_broken,
+            overlap=overlaps(settings, self._runner),
         )
         self._loop = _LoopThread()
         identity = _identity(settings, spec, epoch)
@@ -264,6 +265,11 @@ def _offload(runner: Runner, pool: BlockPool) -> Offload | None:
     if runner.mover is None or not pool.reuse:
         return None
     return Offload(pool, runner.mover)
+
+
+def overlaps(settings: WorkerSettings, runner: Runner) -> bool:
+    """Whether steps are launched early. On the CPU that computes, what is done beside a step is taken from it."""
+    return runner.runs_beside if settings.overlap == "auto" else settings.overlap == "on"
 
 
 def _limits(settings: WorkerSettings, spec: ModelSpec) -> SchedulerLimits:

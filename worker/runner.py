@@ -60,10 +60,27 @@ class BlockMover(Protocol):
         ...
 
 
+class StepInFlight(Protocol):
+    """A launched step. For the thread that launched it."""
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended, after so long at most."""
+        ...
+
+    def tokens(self) -> list[int]:
+        """Wait for its end: the answer of `execute`, or what the step raised. Asked once, of one step after another."""
+        ...
+
+
 class Runner(Protocol):
-    """Executes batches one after the other, from one thread."""
+    """Executes batches one after the other, for one thread."""
 
     spec: ModelSpec
+
+    @property
+    def runs_beside(self) -> bool:
+        """Whether a launched step leaves the CPU to its caller, so that launching early pays."""
+        ...
 
     @property
     def mover(self) -> BlockMover | None:
@@ -72,6 +89,14 @@ class Runner(Protocol):
 
     def execute(self, batch: Batch) -> list[int]:
         """Run the step; one token id for each draw of each sequence, in batch order."""
+        ...
+
+    def launch(self, batch: Batch) -> StepInFlight:
+        """Have the step run behind those launched before, and return at once; the batch's tables are read by then.
+
+        A share that `follows` gets its token from the step launched before this one. If that one failed, what is
+        computed for the share is nothing, and the step goes on for the others.
+        """
         ...
 
     def close(self) -> None:

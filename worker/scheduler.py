@@ -2,24 +2,25 @@
 
 Knows no runner, thread or wire; time comes in as an argument. Running sequences are served in one fixed order, and
 only a later one is ever preempted for an earlier one, so the first always gets on. Who waits for another sequence's
-blocks holds none and keeps nobody behind it from running.
+blocks holds none and keeps nobody behind it from running. Blocks that a step on its way may write are given to nobody.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Set
-from itertools import chain
+from itertools import chain, islice
 
 from kvstore.block_pool import BlockPool
 from kvstore.scope import ScopeRoot
 from kvstore.tiers import Tiers
 from worker.admission import Admission, SchedulerLimits
-from worker.batch import Batch
+from worker.batch import Batch, ScheduledSequence
 from worker.fairness import FairQueue
 from worker.holdings import Holdings
 from worker.sequence import Finish, Sequence, SequenceOutput, SequenceRequest, State
 from worker.step_plan import StepPlan
+from worker.steps_ahead import leaves_open
 
 
 class Scheduler:
@@ -42,8 +43,12 @@ class Scheduler:
         self._loading: dict[int, Sequence] = {}  # of the waiting: those that blocks are loaded for
         self._deadlines: list[tuple[float, int]] = []
         self._outputs: list[SequenceOutput] = []
+        self._launched: list[Batch] = []  # not yet ended, the oldest first: two at most
+        self._leaving: dict[int, Sequence] = {}  # ended, and with a share in one of these
         self._arrivals = 0
         self.num_preemptions = 0
+        self.num_discarded_tokens = 0
+        """Computed for sequences that had ended meanwhile."""
         self.draining = False
 
     # What the outside asks for
@@ -86,7 +91,7 @@ class Scheduler:
     def abandon(self, reason: str) -> None:
         """As `fail_all`, without giving blocks back: for a pool that is broken."""
         self._outputs += [sequence.end(Finish.ERROR, reason) for sequence in self._sequences.values()]
-        for collection in (self._sequences, self._queue, self._running, self._deadlines):
+        for collection in (self._sequences, self._queue, self._running, self._deadlines, self._launched, self._leaving):
             collection.clear()
 
     def take_outputs(self) -> list[SequenceOutput]:
@@ -119,34 +124,42 @@ class Scheduler:
     # One step
 
     def schedule(self, now: float) -> Batch | None:
-        """The next step, or None when there is nothing to compute.
+        """The next step, or None when there is nothing to compute. `complete` or `fail` comes for each, in order.
 
         There are no prefill and decode phases: each running sequence has tokens and computed tokens, and a step lets
         the computed ones catch up under the token budget. A prompt is many tokens behind, a decoding sequence one, a
-        prefix hit or a resumed sequence somewhere between.
+        prefix hit or a resumed sequence somewhere between. While a step has not ended, the one behind it may be decided
+        already, with tokens that are not known yet; None then also where its end has to be waited for.
         """
         self._expire(now)
-        preempted = self.num_preemptions
         step = StepPlan(self._limits.max_batch_tokens)
-        index = 0
-        while step.budget and index < len(self._running):
-            sequence = self._running[index]
-            if self._grow(sequence, step):
-                step.add(sequence)
-                index += 1
-        if step.is_empty or (step.budget and self.num_preemptions == preempted):
+        if self._launched:
+            if not self._may_go_ahead() or not self._go_on(step):
+                return None
+            is_calm = True
+        else:
+            is_calm = self._go_on_at_any_price(step)
+        if step.is_empty or (step.budget and is_calm):
             for sequence in self._admissions(now):
                 step.add(sequence)
                 if not step.budget:
                     break
-        return step.batch()
+        batch = step.batch()
+        if batch is not None:
+            self._launched.append(batch)
+        return batch
 
     def complete(self, batch: Batch, token_ids: list[int]) -> None:
         """Take over a step that ran: computed tokens, full blocks, one sampled token for each share that has one."""
-        sampled = iter(token_ids)
+        self._launched.pop(self._launched.index(batch))
+        answer = iter(token_ids)
         for share in batch.sequences:
-            sequence = self._sequences[share.sequence_id]
-            sequence.num_computed_tokens += len(share.token_ids)
+            sampled = dict(zip((share.sequence_id, *share.fork_ids), islice(answer, len(share.draws)), strict=False))
+            sequence = self._sequences.get(share.sequence_id)
+            if sequence is None:
+                self._discard(share)
+                continue
+            sequence.ended(len(share.token_ids), drawn=bool(share.draws))
             table = sequence.blocks
             if sequence.unsettled:
                 table.copies_done()
@@ -155,13 +168,18 @@ class Scheduler:
             if share.sampling is not None:
                 self._queue.serve(sequence, generated_tokens=1 + len(sequence.forks))
                 for one in (sequence, *self._fork(sequence)):
-                    self._emit(one, one.append(next(sampled)))
+                    self._emit(one, one.append(sampled[one.id]))
 
     def fail(self, batch: Batch, reason: str) -> None:
         """End the sequences of a step that did not run; all others go on."""
+        self._launched.pop(self._launched.index(batch))
         for share in batch.sequences:
-            sequence = self._sequences[share.sequence_id]
-            self._end(sequence, sequence.end(Finish.ERROR, reason))
+            sequence = self._sequences.get(share.sequence_id)
+            if sequence is None:
+                self._discard(share)
+            else:
+                sequence.ended(len(share.token_ids), drawn=bool(share.draws))
+                self._end(sequence, sequence.end(Finish.ERROR, reason))
 
     # Before the queue
 
@@ -207,14 +225,42 @@ class Scheduler:
 
     # Running
 
-    def _grow(self, sequence: Sequence, step: StepPlan) -> bool:
-        """Blocks for all its tokens, and those of its share its own to write; the last ones give theirs up if need be.
+    def _may_go_ahead(self) -> bool:
+        """Whether the step behind one on its way can be decided now, at no cost to anybody who waits."""
+        if len(self._launched) > 1 or not self._running:
+            return False
+        return not leaves_open(self._launched[-1], self._sequences, somebody_waits=bool(self._queue))
 
-        False: it had to give up its own.
-        """
-        table, start, end = sequence.blocks, sequence.num_computed_tokens, step.end_of(sequence)
-        reach = self._admission.reach(sequence, end)
-        while not (table.reserve(reach) and (not sequence.unsettled or table.prepare_write(start, end))):
+    def _go_on(self, step: StepPlan) -> bool:
+        """A share for each that runs on; False, with nothing changed, where blocks are missing: who has to give way is
+        known when the step on its way has ended."""
+        for sequence in self._running:
+            if step.budget and not sequence.is_decided:
+                if not self._take_blocks(sequence, step):
+                    return False
+                step.add(sequence)
+        return True
+
+    def _go_on_at_any_price(self, step: StepPlan) -> bool:
+        """A share for each that runs and gets blocks; whether nobody had to give way."""
+        preempted, index = self.num_preemptions, 0
+        while step.budget and index < len(self._running):
+            sequence = self._running[index]
+            if self._grow(sequence, step):
+                step.add(sequence)
+                index += 1
+        return self.num_preemptions == preempted
+
+    def _take_blocks(self, sequence: Sequence, step: StepPlan) -> bool:
+        """Blocks for all its tokens, and those of its share its own to write; False if there are too few."""
+        table, end = sequence.blocks, step.end_of(sequence)
+        if not table.reserve(self._admission.reach(sequence, end)):
+            return False
+        return not sequence.unsettled or table.prepare_write(sequence.next_position, end)
+
+    def _grow(self, sequence: Sequence, step: StepPlan) -> bool:
+        """Blocks for its share; the last ones give theirs up if need be. False: it had to give up its own."""
+        while not self._take_blocks(sequence, step):
             victim = next(
                 one for one in reversed(self._running) if one is sequence or self._admission.is_over_floor(one)
             )
@@ -294,8 +340,12 @@ class Scheduler:
             self._end(sequence, output)
 
     def _end(self, sequence: Sequence, output: SequenceOutput) -> None:
-        """The one way out: blocks released, every list left, the last output said."""
-        sequence.release()
+        """The one way out: blocks released, every list left, the last output said. Blocks that a step on its way may
+        write are released when that has ended."""
+        if sequence.num_launched_tokens:
+            self._leaving[sequence.id] = sequence
+        else:
+            sequence.release()
         if sequence.state is State.RUNNING:
             _remove(self._running, sequence)
         else:
@@ -311,6 +361,15 @@ class Scheduler:
             sequence.origin.forks.remove(sequence)
         if sequence.forks:
             self._pass_on(sequence.forks, output)
+
+    def _discard(self, share: ScheduledSequence) -> None:
+        """A step has ended that computed something for a sequence which is no more."""
+        sequence = self._leaving[share.sequence_id]
+        sequence.ended(len(share.token_ids), drawn=bool(share.draws))
+        self.num_discarded_tokens += len(share.token_ids)
+        if not sequence.num_launched_tokens:
+            del self._leaving[sequence.id]
+            sequence.release()
 
     def _pass_on(self, forks: list[Sequence], output: SequenceOutput) -> None:
         """Whoever computed the prompt for these has ended: another one does, unless it cannot be computed."""

@@ -130,8 +130,11 @@ class Sequence:
         "arrival",
         "forks",
         "load",
+        "newest_draw",
         "num_computed_tokens",
+        "num_launched_tokens",
         "num_prompt_tokens",
+        "num_unread_tokens",
         "origin",
         "queued_at",
         "request",
@@ -150,6 +153,12 @@ class Sequence:
         self.token_ids = array("I", request.token_ids)
         self.num_prompt_tokens = request.num_prompt_tokens
         self.num_computed_tokens = 0
+        self.num_launched_tokens = 0
+        """Being computed in steps that have not ended."""
+        self.num_unread_tokens = 0
+        """Drawn in those steps: behind `token_ids`, and not known yet."""
+        self.newest_draw = 0
+        """Which one of its step's answer the newest of these is."""
         self.table: BlockTable | None = None
         self.wait: Wait | None = None
         """While it waits: for what another sequence is about to compute or load."""
@@ -188,6 +197,21 @@ class Sequence:
         return (-self.request.priority, self.arrival)
 
     @property
+    def num_tokens(self) -> int:
+        """Its length, tokens that are not known yet included."""
+        return len(self.token_ids) + self.num_unread_tokens
+
+    @property
+    def next_position(self) -> int:
+        """The first one that no step computes yet."""
+        return self.num_computed_tokens + self.num_launched_tokens
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether it ends by its length with what is drawn already, so that no step is left for it."""
+        return self.num_tokens >= self.max_num_tokens
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
 
@@ -203,9 +227,23 @@ class Sequence:
 
     @property
     def banned_token_ids(self) -> tuple[int, ...]:
-        """Stop ids, until `min_tokens` have been generated."""
+        """Stop ids, until `min_tokens` have been generated; for the next draw."""
         sampling = self.request.sampling
-        return sampling.stop_token_ids if self.num_generated_tokens < sampling.min_tokens else ()
+        drawn = self.num_tokens - self.num_prompt_tokens
+        return sampling.stop_token_ids if drawn < sampling.min_tokens else ()
+
+    def launched(self, num_tokens: int, draw: int | None) -> None:
+        """A step computes so many tokens of it, and draws the next one as this one of its answer."""
+        self.num_launched_tokens += num_tokens
+        if draw is not None:
+            self.num_unread_tokens += 1
+            self.newest_draw = draw
+
+    def ended(self, num_tokens: int, *, drawn: bool) -> None:
+        """That step has ended: the tokens are computed, and the drawn one can be read."""
+        self.num_launched_tokens -= num_tokens
+        self.num_computed_tokens += num_tokens
+        self.num_unread_tokens -= drawn
 
     def release(self) -> None:
         """Give back its blocks; what was computed in them is no more its own."""

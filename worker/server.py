@@ -23,7 +23,8 @@ from pando.errors import ConfigError, InvalidRequest
 from pando.worker.v1 import worker_pb2 as pb
 from pando.worker.v1 import worker_pb2_grpc
 from worker.block_peers import BlockPeers, PeerLacks, PeerRefused
-from worker.engine import Engine, EngineStopped, Load, StepReport
+from worker.engine import Engine, Load, StepReport
+from worker.engine_work import EngineStopped
 from worker.link_guard import LinkGuard
 from worker.link_messages import pin_request, pull_order, purge_roots, sequence_request, worker_messages
 from worker.offload import Offload

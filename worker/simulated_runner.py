@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class SimulatedRunner:
         self._reserved = reserved_token_ids | set(spec.eos_token_ids)
         self._sleep = sleep
         self._clock = clock
+        self._busy_until = float("-inf")
+        self._drawn: list[int] = []  # the answer of the last launched step that ended
         # [num_blocks, block_size]
         self._blocks: npt.NDArray[np.uint32] = (
             np.full((spec.num_blocks, spec.block_size), NEVER_WRITTEN, np.uint32) if beside is None else beside._blocks
@@ -78,22 +81,48 @@ class SimulatedRunner:
                 self._blocks, num_cpu_blocks, block_s=MOVE_BLOCK_S, payload_bytes=block_bytes, clock=clock
             )
 
+    @property
+    def runs_beside(self) -> bool:
+        """As a device does: it only takes time."""
+        return True
+
     def execute(self, batch: Batch) -> list[int]:
         """Write each share's tokens to its slots, then read each whole sequence back for its next token."""
         done_at = self._clock() + self._cost.seconds(batch)
+        token_ids = self._compute(batch)
+        self.sleep_until(done_at)
+        return token_ids
+
+    def launch(self, batch: Batch) -> SimulatedStep:
+        """The step begins when the one before it ends. Nothing is written until its tokens are asked for, so that a
+        block which is given away too early shows as another token."""
+        self._busy_until = max(self._clock(), self._busy_until) + self._cost.seconds(batch)
+        shares = tuple(replace(share, block_ids=tuple(share.block_ids)) for share in batch.sequences)
+        return SimulatedStep(self, Batch(shares, batch.copies), self._busy_until)
+
+    def sleep_until(self, at: float, most_s: float = float("inf")) -> bool:
+        """Whether it is that late, after so long at most."""
+        left = at - self._clock()
+        if left > 0:
+            self._sleep(min(left, most_s))
+        return left <= most_s
+
+    def answer(self, batch: Batch) -> list[int]:
+        """What a launched step draws; the steps before it were asked."""
+        before, self._drawn = self._drawn, []
+        self._drawn = self._compute(Batch(tuple(_filled(share, before) for share in batch.sequences), batch.copies))
+        return self._drawn
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _compute(self, batch: Batch) -> list[int]:
         for copy in batch.copies:
             self._blocks[copy.target] = NEVER_WRITTEN
             self._blocks[copy.target, : copy.num_tokens] = self._blocks[copy.source, : copy.num_tokens]
         for share in batch.sequences:
             self._write(share)
-        token_ids = [self._next_token(share, draw) for share in batch.sequences for draw in share.draws]
-        left = done_at - self._clock()
-        if left > 0:
-            self._sleep(left)
-        return token_ids
-
-    def close(self) -> None:
-        """Nothing to free."""
+        return [self._next_token(share, draw) for share in batch.sequences for draw in share.draws]
 
     def _write(self, share: ScheduledSequence) -> None:
         size = self.spec.block_size
@@ -125,6 +154,31 @@ class SimulatedRunner:
                 return token_id
             state = xxh3_64_intdigest(state.to_bytes(8, "little"), seed)
         raise ValueError("no token of the vocabulary may be drawn")
+
+
+class SimulatedStep:
+    """Implements `StepInFlight`."""
+
+    def __init__(self, runner: SimulatedRunner, batch: Batch, ends_at: float) -> None:
+        self._runner = runner
+        self._batch = batch
+        self._ends_at = ends_at
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until the step has ended, so long at most."""
+        return self._runner.sleep_until(self._ends_at, max(0.0, timeout_s))
+
+    def tokens(self) -> list[int]:
+        """Sleep until the step has ended, and carry it out."""
+        self._runner.sleep_until(self._ends_at)
+        return self._runner.answer(self._batch)
+
+
+def _filled(share: ScheduledSequence, drawn: list[int]) -> ScheduledSequence:
+    """With the token that it follows; of a step that failed there is none, and nobody reads what comes of another."""
+    if share.follows is None or share.follows >= len(drawn):
+        return share
+    return replace(share, token_ids=array("I", [drawn[share.follows]]))
 
 
 def load_simulated_runner(settings: WorkerSettings) -> SimulatedRunner:

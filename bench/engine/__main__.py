@@ -1,7 +1,7 @@
-"""`python -m bench.engine make|alone|profile|workload|facts`: checkpoints, the engine's figures, and beside peers.
+"""`python -m bench.engine make|alone|overlap|profile|workload|facts`: checkpoints, the engine's figures, and peers.
 
-`alone`, `profile` and `facts` need neither Ray nor Redis. `workload` starts Redis, a router and a worker as processes
-for our own row; where there is no Redis, it says so and ends with code 2.
+`alone`, `overlap`, `profile` and `facts` need neither Ray nor Redis. `workload` starts Redis, a router and a worker
+as processes for our own row; where there is no Redis, it says so and ends with code 2.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from bench.engine import facts, facts_page
 from bench.engine.alone import BATCHES, measure_alone
 from bench.engine.checkpoints import SHAPES, checkpoint
 from bench.engine.machine import Machine, measure_machine, processor
+from bench.engine.overlap import measure_overlap
 from bench.engine.profile import PARTS, Profile, measure_profile
 from bench.engine.roofline import Model, bounds
 from bench.engine.scenario import SCENARIO, read_scenario
@@ -84,6 +85,24 @@ def _alone(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     print(markdown(["batch", "decode tokens/s", "bandwidth bound", "of it", "us of the engine a step"], body))
     return {"machine": asdict(machine), "model": settings.model, **asdict(found)}
+
+
+def _overlap(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = replace(_worker(arguments), runner=arguments.runner, simulated_step_ms=arguments.simulated_step_ms)
+    found = measure_overlap(settings, arguments.batches, arguments.rounds)
+    body = [
+        [
+            str(one.batch),
+            *(number(us, 0) for us in (one.lockstep_us, one.overlap_us, one.host_us)),
+            f"{one.hidden:.0%}",
+            f"{one.ratio:.3f}",
+            f"{one.ttft_ratio:.3f}",
+        ]
+        for one in found
+    ]
+    head = ["batch", "us a step in lockstep", "overlapped", "of them the host's", "hidden", "tokens/s", "first token"]
+    print(markdown(head, body))
+    return {"model": settings.model, "figures": [asdict(one) for one in found]}
 
 
 def _workload(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -227,6 +246,12 @@ def _parser() -> argparse.ArgumentParser:
     alone = commands.add_parser("alone", help="prefill and decode of the engine in this process")
     alone.add_argument("--batches", type=_numbers, default=BATCHES, help="such as 1,8,16,64")
     alone.set_defaults(run=_alone)
+    overlap = commands.add_parser("overlap", help="decode in lockstep and with steps launched early, in turns")
+    overlap.add_argument("--batches", type=_numbers, default=(1, 16), help="such as 1,8,16,64")
+    overlap.add_argument("--rounds", type=int, default=7)
+    overlap.add_argument("--runner", choices=("model", "simulated"), default="model")
+    overlap.add_argument("--simulated-step-ms", type=float, default=5.0)
+    overlap.set_defaults(run=_overlap)
     profile = commands.add_parser("profile", help="where the time of a step goes, on the CPU")
     profile.add_argument("--scenario", type=Path, default=SCENARIO, help="whose mixed steps")
     profile.set_defaults(run=_profile)
@@ -248,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     figures.add_argument("--trace-block-size", type=int, default=512, help="tokens of a hash id in the traces")
     figures.add_argument("--plots", type=Path, help="folder to write plots to")
     figures.set_defaults(run=_facts)
-    for one in (alone, profile, workload, figures):
+    for one in (alone, overlap, profile, workload, figures):
         _model_options(one)
     return parser
 

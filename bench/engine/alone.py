@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from bench.engine.machine import Machine
 from bench.engine.scenario import PREFILL_TOKENS, random_ids
@@ -49,12 +50,14 @@ class Step:
 class OneEngine:
     """An engine that the caller steps. `close` it."""
 
-    def __init__(self, settings: WorkerSettings, *, reuse: bool = False) -> None:
-        self.runner: ModelRunner = load_model_runner(settings)
+    def __init__(self, settings: WorkerSettings, runner: Any = None, *, reuse: bool = False) -> None:
+        """`runner`: of another engine that rests meanwhile, of a model or simulated."""
+        self.runner: ModelRunner = runner or load_model_runner(settings)
         spec = self.runner.spec
         self.pool = BlockPool(spec.num_blocks, spec.block_size, reuse=reuse)
         limits = SchedulerLimits(settings.max_batch_tokens, settings.max_sequences, 1 << 20, spec.max_model_len)
-        self._engine = Engine(self.runner, self.pool, Scheduler(self.pool, limits), self._on_step)
+        scheduler, overlap = Scheduler(self.pool, limits), settings.overlap == "on"
+        self._engine = Engine(self.runner, self.pool, scheduler, self._on_step, overlap=overlap)
         self._reports: list[StepReport] = []
         self._open = 0
         self._next_id = 0

@@ -134,7 +134,7 @@ def timed_faces(timers: Timers) -> Iterator[None]:
         for name in kernels.__all__
         if callable(getattr(kernels, name)) and not isinstance(getattr(kernels, name), type) and name != "run_layers"
     ]
-    faces += [(RotaryEmbedding, "__call__", ROWS), (Decoder, "logits", HEAD), (sampler, "choose", SAMPLING)]
+    faces += [(RotaryEmbedding, "__call__", ROWS), (Decoder, "logits", HEAD), (sampler, "start", SAMPLING)]
     with ExitStack() as parts:
         for owner, name, part in faces:
             parts.enter_context(mock.patch.object(owner, name, timers.part(part, getattr(owner, name))))

@@ -17,7 +17,7 @@ import pytest
 SHARED_BYTES = 227 * 1024
 KEPT = ("int8", "fp8", "int4")
 BUILDS = (*((name, kind) for name in ("decode", "wide", "write") for kind in ("same", *KEPT)),)
-PLAIN = (("wide, many", "same"), ("norm", "same"))
+PLAIN = (("wide, many", "same"), ("norm", "same"), ("sample", "same"), ("ban", "same"))
 
 
 @cache
@@ -88,3 +88,13 @@ def test_rows_are_moved_by_16_bytes(name: str) -> None:
     build = builds("same")[name]
     assert count(build, "LDG", "128") > 0
     assert count(build, "STG", "128") > 0
+
+
+def test_sampling_rounds_as_the_cpu_does() -> None:
+    build = builds("same")["sample"]
+    assert count(build, "FFMA") == count(build, "FFMA2") == 0
+    assert count(build, "FMUL") >= 6
+
+
+def test_logits_are_copied_past_the_registers() -> None:
+    assert count(builds("same")["sample"], "LDGSTS", "128") >= 2

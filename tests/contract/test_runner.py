@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from pando.settings import WorkerSettings
 from worker.admission import SchedulerLimits
 from worker.batch import Batch, BlockCopy, SamplingParams, ScheduledSequence
 from worker.offload import Offload
-from worker.runner import Runner
+from worker.runner import Runner, StepInFlight
 from worker.scheduler import Scheduler
 from worker.sequence import SequenceRequest
 
@@ -45,7 +46,15 @@ def model() -> Runner:
     return load_model_runner(SETTINGS)
 
 
-@pytest.fixture(scope="module", params=[simulated, model], ids=lambda load: load.__name__)
+def streamed() -> Runner:
+    """The model as on a device with a stream: launching gives work to it and waits for nothing."""
+    runner: Any = model()
+    runner._thread.shutdown()
+    runner._thread = None
+    return runner  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module", params=[simulated, model, streamed], ids=lambda load: load.__name__)
 def load(request: pytest.FixtureRequest) -> Callable[[], Runner]:
     return request.param  # type: ignore[no-any-return]
 
@@ -188,8 +197,63 @@ def test_a_draw_depends_on_seed_and_position_alone(runner: Runner) -> None:
     assert len({tuple(drawn(seed)) for seed in range(4)}) > 1
 
 
+def test_a_launched_step_answers_as_one_that_is_waited_for(runner: Runner) -> None:
+    shares = [share(prompt(9 + i, seed=i), [i]) for i in range(3)]
+    wanted = run(runner, *shares)
+    step = runner.launch(Batch(tuple(shares)))
+    while not step.wait(0.01):
+        pass
+    assert step.tokens() == wanted
+
+
+def test_a_step_follows_the_draws_of_the_one_launched_before(runner: Runner) -> None:
+    prompts, tables = [prompt(7 + 9 * i, seed=i) for i in range(3)], [[6 * i + j for j in range(6)] for i in range(3)]
+    alone = [greedy(runner, tokens, table, 4) for tokens, table in zip(prompts, tables, strict=True)]
+    launched = [runner.launch(Batch(tuple(map(share, prompts, tables))))]
+    found: list[list[int]] = []
+    for step in range(3):
+        # In another order each time, beside one of which the tokens are known.
+        order = [(step + i) % 3 for i in range(3)]
+        place = {one: at for at, one in enumerate([0, 1, 2] if not step else [(step - 1 + i) % 3 for i in range(3)])}
+        shares = [share([0], tables[i], start=len(prompts[i]) + step, follows=place[i]) for i in order]
+        launched.append(runner.launch(Batch((*shares, share(prompt(30, seed=9), [90, 91], sampling=None)))))
+        drawn = launched.pop(0).tokens()
+        found.append([drawn[place[i]] for i in range(3)])
+    last = launched.pop().tokens()
+    found.append([last[order.index(i)] for i in range(3)])
+    assert [list(tokens) for tokens in zip(*found, strict=True)] == alone
+
+
+def test_a_table_may_change_when_its_step_is_launched(runner: Runner) -> None:
+    tokens = prompt(40)
+    wanted = run(runner, share(tokens, [0, 1, 2]))
+    table = [3, 4, 5]
+    step = runner.launch(Batch((share(tokens, table),)))
+    table[:] = [-1, 95, -1]
+    assert step.tokens() == wanted
+
+
+def attempt(runner: Runner, one: ScheduledSequence) -> StepInFlight | None:
+    """A step that will fail: with its tokens, or when it is launched."""
+    try:
+        return runner.launch(Batch((one,)))
+    except (ValueError, IndexError):
+        return None
+
+
+def test_a_step_runs_behind_one_that_failed(runner: Runner) -> None:
+    wanted = run(runner, share(prompt(20, seed=1), [4, 5]))
+    nothing_left = (*range(runner.spec.vocab_size), 1 << 40)
+    broken = attempt(runner, share(prompt(20), [0, 1], banned_token_ids=nothing_left))
+    behind = runner.launch(Batch((share([0], [0, 1], start=20, follows=0), share(prompt(20, seed=1), [6, 7], start=0))))
+    if broken is not None:
+        with pytest.raises((ValueError, IndexError)):
+            broken.tokens()
+    assert behind.tokens()[1:] == wanted
+
+
 def engine_run(
-    runner: Runner, *, num_blocks: int, budget: int, reuse: bool, offloading: bool = False
+    runner: Runner, *, num_blocks: int, budget: int, reuse: bool, offloading: bool = False, overlap: bool = False
 ) -> tuple[list[list[int]], Scheduler, Offload | None]:
     """Eight requests over two heads through the real scheduler, twice one after the other: their tokens."""
     pool = BlockPool(num_blocks, BLOCK_SIZE, reuse=reuse)
@@ -204,14 +268,19 @@ def engine_run(
         scheduler.submit(SequenceRequest(number, tokens, len(tokens), region, SamplingParams(max_tokens=24)), 0.0)
         if number not in (7, 15):
             continue
-        while scheduler.num_sequences or (offload is not None and offload.num_moving):
-            if offload is not None:
-                offload.answer(step_s=0.0, num_sequences=1, prefill_tokens_per_s=0.0)
-            batch = scheduler.schedule(0.0)
-            if offload is not None:
-                offload.order(idle=batch is None)
-            if batch is not None:
-                scheduler.complete(batch, runner.execute(batch))
+        launched: deque[tuple[Batch, StepInFlight]] = deque()
+        while scheduler.num_sequences or launched or (offload is not None and offload.num_moving):
+            for _ in range(1 + overlap - len(launched)):
+                if offload is not None:
+                    offload.answer(step_s=0.0, num_sequences=1, prefill_tokens_per_s=0.0)
+                batch = scheduler.schedule(0.0)
+                if offload is not None:
+                    offload.order(idle=batch is None and not launched)
+                if batch is not None:
+                    launched.append((batch, runner.launch(batch)))
+            if launched:
+                batch, step = launched.popleft()
+                scheduler.complete(batch, step.tokens())
             for output in scheduler.take_outputs():
                 found[output.sequence_id] += output.token_ids
     assert pool.num_referenced == 0
@@ -228,9 +297,18 @@ def test_scheduling_does_not_show(runner: Runner) -> None:
     assert pressed.num_preemptions > 0
 
 
-def test_offloading_does_not_show(runner: Runner) -> None:
+def test_overlap_does_not_show(runner: Runner) -> None:
     wanted, _, _ = engine_run(runner, num_blocks=NUM_BLOCKS, budget=512, reuse=False)
-    found, _, offload = engine_run(runner, num_blocks=11, budget=64, reuse=True, offloading=True)
+    assert engine_run(runner, num_blocks=NUM_BLOCKS, budget=40, reuse=True, overlap=True)[0] == wanted
+    preempted, pressed, _ = engine_run(runner, num_blocks=11, budget=64, reuse=True, overlap=True)
+    assert preempted == wanted
+    assert pressed.num_preemptions > 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_offloading_does_not_show(runner: Runner, overlap: bool) -> None:
+    wanted, _, _ = engine_run(runner, num_blocks=NUM_BLOCKS, budget=512, reuse=False)
+    found, _, offload = engine_run(runner, num_blocks=11, budget=64, reuse=True, offloading=True, overlap=overlap)
     assert found == wanted
     assert offload is not None
     assert offload.counts.promoted > 0

@@ -9,8 +9,11 @@ import torch
 
 import kernels
 from kernels import FORMATS, device, reference
-from kernels.configs import DecodeConfig, Tuning, WideConfig
+from kernels.configs import DecodeConfig, SamplingConfig, Tuning, WideConfig
 from tests.kernel_cases import CASES, Case, leave_window, make_problem
+from tests.sampling_cases import CASES as SAMPLING_CASES
+from tests.sampling_cases import Case as SamplingCase
+from tests.sampling_cases import make_problem as make_sampling_problem
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 # Many pieces, and what is shared is read once whatever it costs.
@@ -161,12 +164,17 @@ def test_rotated_keys_are_written(dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours, theirs, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True)
 
 
-def test_draws_are_those_of_the_cpu() -> None:
-    generator = torch.Generator().manual_seed(2)
-    logits = 3 * torch.randn(64, 1031, generator=generator)
-    uniform = kernels.counter_uniform(torch.arange(64), torch.arange(64))
-    temperature = torch.ones(64, dtype=torch.float64)
-    there = kernels.counter_uniform(torch.arange(64).cuda(), torch.arange(64).cuda())
-    assert torch.equal(there.cpu(), uniform)
-    drawn = kernels.sample(logits.cuda(), there, temperature.cuda())
-    assert torch.equal(drawn.cpu(), kernels.sample(logits, uniform, temperature))
+@pytest.mark.parametrize("case", SAMPLING_CASES, ids=str)
+def test_draws_are_those_of_the_table(case: SamplingCase) -> None:
+    problem = make_sampling_problem(case)
+    logits = problem.logits.cuda()
+    for config in (SamplingConfig(), SamplingConfig(tile=128, room=64, guide=20, step=64)):
+        assert device.sample(logits.clone(), problem.draws("cuda"), config).tolist() == problem.expected()
+
+
+@pytest.mark.parametrize("vocab", [8192, 32_001, 151_936])
+def test_draws_are_those_of_the_cpu(vocab: int) -> None:
+    for spread in (0.3, 3.0, 8.0):
+        problem = make_sampling_problem(SamplingCase("real", vocab, spread=spread, count=4))
+        expected = reference.sample(problem.logits.clone(), problem.draws())
+        assert torch.equal(device.sample(problem.logits.cuda(), problem.draws("cuda")).cpu(), expected)

@@ -83,15 +83,15 @@ def test_a_miss_is_said_and_is_the_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def made(shape: Shape) -> Counts:
-        pieces = {"C1": 110, "C2": 111}[shape.name]
-        return Counts(shape.name, "gpu", 100, Read(pieces, 100), Read(800, 800), 10, nodes=1)
+        memory = {"C1": 110, "C2": 111}[shape.name]
+        return Counts(shape.name, "gpu", 100, Read(200, memory), Read(800, 800), 10, nodes=1)
 
     monkeypatch.setattr(counts, "gpu_counts", made)
     assert main(["--shapes", "C1"]) == 0
-    assert "memory met, pieces met" in capsys.readouterr().out
+    assert "memory met" in capsys.readouterr().out
     assert main(["--shapes", "C1,C2", "--json", str(tmp_path / "counts.json")]) == 1
-    assert "memory met, pieces MISSED" in capsys.readouterr().out
-    assert [one["planned"]["pieces"] for one in json.loads((tmp_path / "counts.json").read_text())] == [110, 111]
+    assert "memory MISSED" in capsys.readouterr().out
+    assert [one["planned"]["memory"] for one in json.loads((tmp_path / "counts.json").read_text())] == [110, 111]
 
 
 def test_what_is_not_shared_says_why(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import kernels
-from kernels.sampling import philox
+from kernels.sampling import philox, portion, uniform_bits, weights
 
 # Known answers of philox4x32-10 that Random123 publishes: counter, key, result.
 KNOWN = [
@@ -21,30 +22,50 @@ def words(text: str) -> list[int]:
 
 
 def test_philox_known_answers() -> None:
-    counters, keys, expected = (torch.tensor([words(row[column]) for row in KNOWN]) for column in range(3))
-    assert torch.equal(philox(counters, keys), expected)
+    counters, keys, expected = (np.array([words(row[column]) for row in KNOWN]) for column in range(3))
+    assert np.array_equal(philox(counters, keys), expected)
 
 
 def test_uniform_uses_every_bit_of_the_seed_and_the_position() -> None:
-    seeds = torch.tensor([0, 1, 1 << 32, -1, 0, 0])
-    positions = torch.tensor([0, 0, 0, 0, 1, 1 << 32])
-    assert len(set(kernels.counter_uniform(seeds, positions).tolist())) == 6
+    seeds = np.array([0, 1, 1 << 32, -1, 0, 0])
+    positions = np.array([0, 0, 0, 0, 1, 1 << 32])
+    assert len(set(uniform_bits(seeds, positions).tolist())) == 6
 
 
 def test_uniform_is_uniform() -> None:
-    draws = kernels.counter_uniform(torch.full((20_000,), 7), torch.arange(20_000))
+    draws = uniform_bits(np.full(20_000, 7), np.arange(20_000)) / 2.0**53
     assert draws.min() >= 0
     assert draws.max() < 1
-    counts = torch.histc(draws.float(), bins=20, min=0, max=1)
+    counts, _ = np.histogram(draws, bins=20, range=(0, 1))
     chi_square = ((counts - 1000) ** 2 / 1000).sum()
     assert chi_square < 43.8  # 19 degrees of freedom, 0.1 %
 
 
+def test_a_portion_is_exact() -> None:
+    rng = np.random.default_rng(3)
+    fractions = np.append(rng.integers(0, 2**53 + 1, 500), [0, 1, 2**53 - 1, 2**53])
+    totals = np.append(rng.integers(0, 2**60, 500), [2**60, 2**60, 2**60, 2**60])
+    found = portion(fractions, totals).tolist()
+    assert found == [f * t >> 53 for f, t in zip(fractions.tolist(), totals.tolist(), strict=True)]
+
+
+def test_weights_are_those_of_a_softmax() -> None:
+    values = np.linspace(-26, 0, 5000, dtype=np.float32)[None, :]
+    scale = np.array([1.4426950408889634], dtype=np.float32)
+    ours = weights(values, np.zeros(1, dtype=np.float32), scale)[0] / 2.0**40
+    exact = np.exp(values[0].astype(np.float64))
+    assert ours[-1] == 1
+    assert (np.abs(ours - exact) <= 3e-6 * exact + 2.0**-40).all()
+    assert not weights(np.full((1, 3), -np.inf, dtype=np.float32), np.zeros(1, dtype=np.float32), scale).any()
+
+
 def draw(logits: torch.Tensor, count: int, temperature: float = 1.0, **filters: float) -> torch.Tensor:
-    uniform = kernels.counter_uniform(torch.full((count,), 3), torch.arange(count))
-    tensors = {name: torch.full((count,), value) for name, value in filters.items()}
-    rows = logits.expand(count, -1)
-    return kernels.sample(rows, uniform, torch.full((count,), temperature, dtype=torch.float64), **tensors)
+    kept = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | filters
+    return sample(logits.expand(count, -1), [(temperature, *kept.values())] * count, [(3, n) for n in range(count)])
+
+
+def sample(logits: torch.Tensor, ways: list[tuple[float, ...]], keys: list[tuple[int, int]]) -> torch.Tensor:
+    return kernels.sample(logits, kernels.plan_draws(np.array(ways), np.array(keys), (), torch.device("cpu")))
 
 
 def filters(top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> dict[str, float]:
@@ -94,21 +115,21 @@ def test_equal_tokens_keep_their_order() -> None:
 def test_a_row_alone_draws_the_same(extra: dict[str, float]) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = 3 * torch.randn(33, 1031, generator=generator)
-    uniform = kernels.counter_uniform(torch.arange(33), torch.arange(33) * 5)
-    temperature = torch.linspace(0.2, 2.0, 33, dtype=torch.float64)
-    full = {name: torch.full((33,), value) for name, value in extra.items()}
-    together = kernels.sample(logits, uniform, temperature, **full)
+    kept = tuple((filters() | extra).values())
+    ways = [(0.2 + 0.05 * row, *kept) for row in range(33)]
+    keys = [(row, 5 * row) for row in range(33)]
+    together = sample(logits, ways, keys)
     for row in range(33):
-        part = {name: value[row : row + 1] for name, value in full.items()}
         one = slice(row, row + 1)
-        assert kernels.sample(logits[one], uniform[one], temperature[one], **part) == together[row]
+        assert sample(logits[one], ways[one], keys[one]) == together[row]
 
 
 @pytest.mark.parametrize("extra", [{}, filters(top_p=0.999)], ids=["plain", "filtered"])
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2.0**-53])
-def test_banned_tokens_are_never_drawn_at_the_ends(extra: dict[str, float], uniform: float) -> None:
+@pytest.mark.parametrize("uniform", [0, 2**53 - 1])
+def test_banned_tokens_are_never_drawn_at_the_ends(
+    extra: dict[str, float], uniform: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kernels.sampling.uniform_bits", lambda seeds, _: np.full_like(seeds, uniform))
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
-    tensors = {name: torch.full((1,), value) for name, value in extra.items()}
-    one = torch.ones(1, dtype=torch.float64)
-    token = kernels.sample(logits, torch.tensor([uniform], dtype=torch.float64), one, **tensors)
+    token = sample(logits, [(1.0, *(filters() | extra).values())], [(0, 0)])
     assert token.item() == (1 if uniform == 0 else 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from worker.admission import SchedulerLimits
 from worker.batch import Batch, SamplingParams
 from worker.holdings import Holdings, OwnerQuota, Publishers
 from worker.offload import Offload
-from worker.runner import ModelSpec
+from worker.runner import ModelSpec, StepInFlight
 from worker.scheduler import Scheduler
 from worker.sequence import Finish, Fork, SequenceOutput, SequenceRequest
 from worker.simulated_runner import SimulatedRunner, StepCost
@@ -49,7 +50,10 @@ class Result:
 
 
 class World:
-    """`step` is the engine's, in one place; `batches` keeps what ran. A `runner` of one's own brings its own shape."""
+    """`step` is the engine's, in one place; `batches` keeps what ran. A `runner` of one's own brings its own shape.
+
+    With `overlap` a step that may be decided ahead always is, before the end of the one that runs.
+    """
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class World:
         window: int | None = None,
         sinks: int = 0,
         runner: Any = None,
+        overlap: bool = False,
     ) -> None:
         self.now = 0.0
         self.step_s = 0.001
@@ -89,6 +94,8 @@ class World:
         self.holdings = Holdings(self.pool, self.tiers)
         self.scheduler = Scheduler(self.pool, limits, holdings=self.holdings, tiers=self.tiers)
         self.batches: list[Batch] = []
+        self._overlap = overlap
+        self._launched: deque[tuple[Batch, StepInFlight]] = deque()
         self.on_schedule: Callable[[], None] = lambda: None
         """What a test does to memory once a step is decided, before anything of it is done."""
         self.results: dict[int, Result] = {}
@@ -138,6 +145,35 @@ class World:
         self._take()
 
     def step(self) -> bool:
+        """One turn; whether anything was done. With `overlap` the step behind may be on its way afterwards."""
+        if self._overlap:
+            return self._step_overlapped()
+        batch = self._schedule()
+        if batch is not None:
+            self.scheduler.complete(batch, self.runner.execute(batch))
+        elif self.offload is not None and self.offload.num_moving:
+            self.now += 0.001
+            return True
+        self._take()
+        return batch is not None
+
+    def _step_overlapped(self) -> bool:
+        for _ in range(2 - len(self._launched)):
+            batch = self._schedule()
+            if batch is not None:
+                self._launched.append((batch, self.runner.launch(batch)))
+        if self._launched:
+            batch, step = self._launched.popleft()
+            self.scheduler.complete(batch, step.tokens())
+            self._take()
+            return True
+        if self.offload is not None and self.offload.num_moving:
+            self.now += 0.001
+            return True
+        self._take()
+        return False
+
+    def _schedule(self) -> Batch | None:
         if self.offload is not None:
             self.offload.answer(
                 step_s=self.step_s,
@@ -147,15 +183,10 @@ class World:
         batch = self.scheduler.schedule(self.now)
         self.on_schedule()
         if self.offload is not None:
-            self.offload.order(idle=batch is None)
+            self.offload.order(idle=batch is None and not self._launched)
         if batch is not None:
             self.batches.append(batch)
-            self.scheduler.complete(batch, self.runner.execute(batch))
-        elif self.offload is not None and self.offload.num_moving:
-            self.now += 0.001
-            return True
-        self._take()
-        return batch is not None
+        return batch
 
     def run(self, most_steps: int = 10_000) -> None:
         """Step until nothing is left to do."""

@@ -18,12 +18,14 @@ from kvstore.scope import Region, ScopeRoot
 from pando.errors import ConfigError
 from worker.admission import SchedulerLimits
 from worker.batch import Batch, SamplingParams, ScheduledSequence
-from worker.engine import Engine, EngineStopped, StepRates, StepReport
+from worker.engine import Engine, StepReport
+from worker.engine_work import EngineStopped
 from worker.holdings import OwnerQuota, PinRequest, PurgeCount
 from worker.runner import ModelSpec
 from worker.scheduler import Scheduler
 from worker.sequence import Finish, SequenceOutput, SequenceRequest
 from worker.simulated_runner import SimulatedRunner, StepCost
+from worker.step_rates import StepRates
 
 SPEC = ModelSpec("simulated", bytes(16), 500, 2000, (2,), 256, 4)
 POISON = 499

@@ -33,8 +33,9 @@ def test_reports_are_counted_and_passed_on() -> None:
         seconds=0.02,
         num_preemptions=3,
         moved=TierCounts(demoted=5),
+        num_discarded_tokens=2,
     )
-    second = StepReport([SequenceOutput(1, 1, (5,))], [], None, Batch((share(1),)), 0.01, 4, TierCounts(7, 3))
+    second = StepReport([SequenceOutput(1, 1, (5,))], [], None, Batch((share(1),)), 0.01, 4, TierCounts(7, 3), 5)
     metrics(first)
     metrics(second)
     assert passed == [first, second]
@@ -53,6 +54,7 @@ def test_reports_are_counted_and_passed_on() -> None:
     assert value("kv_blocks_copied_total") == 1
     assert [value("kv_blocks_moved_total", outcome=what) for what in ("demoted", "promoted")] == [7, 3]
     assert value("num_preemptions_total") == 4
+    assert value("discarded_tokens_total") == 5
     assert value("request_success_total", finished_reason="stop") == 1
     assert value("request_success_total", finished_reason="rejected") == 1
     assert value("iteration_tokens_sum") == 13

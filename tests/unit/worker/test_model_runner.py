@@ -37,6 +37,7 @@ def test_spec(runner: ModelRunner) -> None:
     assert (spec.name, spec.vocab_size, spec.max_model_len) == ("small-model", 1031, 512)
     assert (spec.num_blocks, spec.block_size, spec.eos_token_ids) == (160, 8, (2,))
     assert len(spec.fingerprint) == 16
+    assert not runner.runs_beside
 
 
 def test_fingerprint_is_equal_for_equal_workers_only(folder: Path, runner: ModelRunner) -> None:

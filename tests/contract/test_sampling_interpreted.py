@@ -1,0 +1,56 @@
+"""The kernel that draws, in Triton's interpreter, and its twin, asked the same table: the same tokens, to the last."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import device, reference
+from kernels.configs import SamplingConfig
+from tests.sampling_cases import CASES, Case, make_problem
+
+# Tiny, so that small rows have several tiles and lists of the most likely tokens are soon full.
+TINY = SamplingConfig(tile=128, room=64, guide=20, step=64, pivots=64)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_twin(case: Case) -> None:
+    problem = make_problem(case)
+    assert reference.sample(problem.logits.clone(), problem.draws()).tolist() == problem.expected()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel(case: Case) -> None:
+    problem = make_problem(case)
+    with np.errstate(invalid="ignore"):  # what the interpreter computes with
+        tokens = device.sample(problem.logits.clone(), problem.draws(), TINY)
+    assert tokens.tolist() == problem.expected()
+
+
+@pytest.mark.parametrize(
+    "case", [Case("long", 1500), Case("longer", 6000), Case("long, flat", 5000, spread=0.5)], ids=str
+)
+def test_twin_that_looks_at_the_most_likely_first(case: Case) -> None:
+    problem = make_problem(case)
+    assert reference.sample(problem.logits.clone(), problem.draws()).tolist() == problem.expected()
+
+
+def test_logits_are_changed_where_tokens_are_banned_alone() -> None:
+    problem = make_problem(Case("banned", 90, banned=40))
+    for sample in (reference.sample, device.sample):
+        logits = problem.logits.clone()
+        with np.errstate(invalid="ignore"):
+            sample(logits, problem.draws())
+        banned = torch.zeros_like(logits, dtype=torch.bool)
+        banned[tuple(zip(*problem.banned, strict=True))] = True
+        assert torch.equal(logits[~banned], problem.logits[~banned])
+        assert (logits[banned] == -torch.inf).all()
+
+
+def test_rows_may_lie_apart() -> None:
+    problem = make_problem(Case("a prime", 61))
+    wide = torch.full((len(problem.ways), 80), torch.nan)
+    wide[:, :61] = problem.logits
+    with np.errstate(invalid="ignore"):
+        assert device.sample(wide[:, :61], problem.draws(), TINY).tolist() == problem.expected()
