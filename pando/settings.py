@@ -88,6 +88,7 @@ class WorkerSettings(FleetSettings):
     max_sequences: int = option(64, "most sequences that run at once")
     max_waiting: int = option(4096, "most sequences that wait; beyond, the tenant most over its part is refused")
     max_model_len: int = option(0, "longest prompt plus answer; 0 takes the model's own")
+    cuda_graphs: str = option("auto", "on CUDA, replay recorded launches in steps of decoding", choices=("auto", "off"))
     threads: int = option(0, "CPU threads of the model; 0 leaves it to the device")
     lease_ttl_s: float = option(2.0, "life of the worker's lease in Redis")
     heartbeat_s: float = option(0.5, "time between heartbeats")

@@ -25,6 +25,7 @@ from worker import kv_cache, sampler
 from worker.batch import Batch, BlockCopy, SamplingParams, ScheduledSequence
 from worker.checks import check_kv, check_length
 from worker.cpu_tier import CpuTier
+from worker.graphs import DecodeGraphs, record
 from worker.models.config import ModelConfig, read_config, with_window
 from worker.models.decoder import Decoder, load_decoder
 from worker.runner import ModelSpec
@@ -76,6 +77,8 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
     runner = ModelRunner(decoder, cache, spec, mover)
     if device.type == "cuda":
         _warm_up(runner)
+        if settings.cuda_graphs == "auto":
+            runner.graphs = record(decoder, cache, settings.max_sequences)
     return runner
 
 
@@ -97,6 +100,7 @@ class ModelRunner:
     ) -> None:
         self.spec = spec
         self.mover = mover
+        self.graphs: DecodeGraphs | None = None  # for the steps that fit one
         self._decoder: Decoder | None = decoder
         self._cache: kv_cache.KVCache | None = cache
         self._device = cache.blocks.device
@@ -127,6 +131,7 @@ class ModelRunner:
             self.mover.close()
         self._decoder = None
         self._cache = None
+        self.graphs = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -149,6 +154,10 @@ class ModelRunner:
             self.mover.before_writes(_written(batch, self.spec.block_size))
         for copies in _independent(batch.copies):
             self._copy(cache, copies)
+        if self.graphs is not None and rows is not None:
+            replayed = self.graphs.hidden(inputs.token_ids, inputs.query_lens, inputs.context_lens, inputs.block_tables)
+            if replayed is not None:
+                return replayed.index_select(0, self._tensor(rows))
         plan = kernels.plan_attention(
             cache.whole,
             inputs.query_lens,
