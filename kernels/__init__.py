@@ -77,6 +77,7 @@ __all__ = [
     "sink_attention",
     "stack",
     "stored",
+    "takes_static_plans",
     "write_kv",
 ]
 
@@ -108,6 +109,11 @@ def _operations(tensor: KV) -> ModuleType:
     """What computes where the tensor is: Triton on CUDA, native code on the CPU where it can be built, else plain
     torch."""
     return _device_operations() if tensor.is_cuda else _cpu_operations()
+
+
+def takes_static_plans(tensor: KV) -> bool:
+    """Whether the operations where the tensor is take plans of `kernels.static_plan`: those in Triton do."""
+    return _operations(tensor).__name__ == "kernels.device"
 
 
 def pack(weight: torch.Tensor) -> Weight:

@@ -16,7 +16,7 @@ import torch
 
 from kernels.configs import Processor, Tuning, tuning
 from kernels.quantize import KV, StoredKV
-from kernels.step import Ints, Step, checked_step
+from kernels.step import Ints, checked_step
 from kernels.work_list import WorkList, work_list
 
 
@@ -62,7 +62,7 @@ def plan_attention(
 ) -> DevicePlan:
     """As `kernels.plan_attention`; `tuned` stands in for the table of configurations."""
     step = checked_step(kv_cache, query_lens, context_lens, block_tables)
-    tuned = tuned or _tuning(step, scaled=isinstance(kv_cache, StoredKV) and kv_cache.format.largest > 0)
+    tuned = tuned or device_tuning(kv_cache)
     sinks = sinks or {}
     slots = step.slots()
     lists = {
@@ -86,13 +86,15 @@ def plan_attention(
         parts=torch.empty((most, num_heads, step.head_dim), dtype=torch.float32, device=step.device),
         states=torch.empty((most, num_heads), dtype=torch.float32, device=step.device),
         counters=torch.zeros((step.num_tokens, step.num_kv_heads), dtype=torch.int32, device=step.device),
-        side=_side(step.device),
+        side=side_stream(step.device),
         tuning=tuned,
     )
 
 
-def _tuning(step: Step, *, scaled: bool) -> Tuning:
-    return tuning(step.head_dim, step.dtype.itemsize, _processor(step.device), scaled=scaled)
+def device_tuning(kv_cache: KV) -> Tuning:
+    """What the table of configurations says for this cache where it is."""
+    scaled = isinstance(kv_cache, StoredKV) and kv_cache.format.largest > 0
+    return tuning(kv_cache.shape[-1], kv_cache.dtype.itemsize, _processor(kv_cache.device), scaled=scaled)
 
 
 @cache
@@ -103,7 +105,7 @@ def _processor(device: torch.device) -> Processor:
 
 
 @cache
-def _side(device: torch.device) -> torch.cuda.Stream | None:
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 

@@ -12,6 +12,7 @@ Everything that is summed or compared is a whole number, so no order of summing 
     draw       the first token in order of id up to which the tokens left weigh more than floor(uniform * their total)
 
 A logit that is NaN counts as -inf, 0.0 equals -0.0, and where no token weighs anything the first of the ranking is it.
+Only an x nearer to 0 than 2^-126, which logits of a model do not give, may count as 0 on one device and not on another.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 # A row is cut into so many parts, first few, then many: what is above the median of their maxima is looked at first.
 _LANES = (256, 2048)
+# A row's 2^x summed in floating point are several times nearer to its weights than one part in 2^18, of 2^20 tokens.
+_NEAR_BITS = 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,24 +163,28 @@ def _located(kept: Ints, rows: Ints) -> Ints:
 
 def _filtered(values: Floats, largest: Floats, rows: Ints) -> Ints:
     """Looks at the first tokens of the ranking alone, and where the filters leave more, at more of them."""
-    totals = np.full(len(rows), np.iinfo(np.int64).max, dtype=np.int64)
+    totals = np.zeros(len(rows), dtype=np.int64)
     whole = np.flatnonzero((rows[:, TOP_K] == 0) & (rows[:, TOP_P] < ALL))
     if len(whole):
-        part = values if len(whole) == len(rows) else values[whole]
-        totals[whole] = torch.from_numpy(weights(part, largest[whole], _scales(rows[whole]))).sum(1).numpy()
+        totals[whole] = _nearly_all(values if len(whole) == len(rows) else values[whole], largest[whole], rows[whole])
     drawn, left = np.zeros(len(rows), dtype=np.int64), np.arange(len(rows))
     for lanes in _LANES:
-        if not len(left):
-            return drawn
-        part = values if len(left) == len(rows) else values[left]
-        if 2 * lanes <= values.shape[1]:
-            ids, likely = _most_likely(part, lanes)
+        if len(left) and 2 * lanes <= values.shape[1]:
+            ids, likely = _most_likely(values if len(left) == len(rows) else values[left], lanes)
             drawn[left], enough = _drawn(likely, ids, largest[left], rows[left], totals[left])
             left = left[~enough]
     if len(left):
         every = np.arange(values.shape[1])[None, :].repeat(len(left), 0)
-        drawn[left], _ = _drawn(values[left], every, largest[left], rows[left], totals[left])
+        drawn[left], _ = _drawn(values[left], every, largest[left], rows[left], None)
     return drawn
+
+
+def _nearly_all(values: Floats, largest: Floats, rows: Ints) -> Ints:
+    """The weights of each row, but for one part in 2^_NEAR_BITS: a fraction of the time that the exact sum takes."""
+    x = (torch.from_numpy(values) - torch.from_numpy(largest)[:, None]).mul_(torch.from_numpy(_scales(rows))[:, None])
+    total = x.exp2_().sum(1, dtype=torch.float64).nan_to_num_(0.0)
+    about: Ints = (total * 2.0**WEIGHT_BITS).to(torch.int64).numpy()
+    return about
 
 
 def _most_likely(values: Floats, num_lanes: int) -> tuple[Ints, Floats]:
@@ -196,29 +203,43 @@ def _most_likely(values: Floats, num_lanes: int) -> tuple[Ints, Floats]:
     return ids, likely
 
 
-def _drawn(values: Floats, ids: Ints, largest: Floats, rows: Ints, totals: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """A token of each row of `values[n, m]`, whose `ids` are in order, -1 where nothing weighs; and whether the filters
-    leave none but these. `totals` are the weights of whole rows, where they are asked for."""
-    size, scale, every = values.shape[1], _scales(rows), np.arange(len(rows))
+def _drawn(
+    values: Floats, ids: Ints, largest: Floats, rows: Ints, totals: Ints | None
+) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """A token of each row of `values[n, m]`, whose `ids` are in order, -1 where nothing weighs; and whether it is sure
+    that the filters leave none but these. `totals` are those of `_nearly_all`, None where `values` are whole rows."""
+    size, every = values.shape[1], np.arange(len(rows))
     ranked = -np.sort(-values, axis=1)
-    ranked_weights = weights(ranked, largest, scale)
+    ranked_weights = weights(ranked, largest, _scales(rows))
     running = np.cumsum(ranked_weights, axis=1)
-    top_k = np.where(rows[:, TOP_K] > 0, np.minimum(rows[:, TOP_K], size), size)
-    total = np.where(rows[:, TOP_K] > 0, running[every, top_k - 1], totals)
-    limit = np.where(rows[:, TOP_P] < ALL, np.maximum(portion(rows[:, TOP_P], total), 1), total)
-    kept = np.minimum((running - ranked_weights < limit[:, None]).sum(1), top_k)
-    last = ranked[every, kept - 1, None]
-    equal, above = values == last, values > last
-    equal &= np.cumsum(equal, axis=1) <= (kept - above.sum(1))[:, None]
-    weight = weights(values, largest, scale)
-    least = rows[:, MIN_P]
-    weight *= (above | equal) & (weight >= least[:, None])
-    found = _located(weight, rows)
-    drawn = np.where(found < 0, -1, ids[every, found])
-    count = np.isfinite(values).sum(1)
+    by_count = rows[:, TOP_K] > 0
+    top_k = np.where(by_count, np.minimum(rows[:, TOP_K], size), size)
+    total, near = running[every, top_k - 1], np.zeros_like(top_k)
+    if totals is not None:
+        total, near = np.where(by_count, total, totals), np.where(by_count, 0, (totals >> _NEAR_BITS) + 1)
+    fewest, most = (
+        np.where(rows[:, TOP_P] < ALL, np.maximum(portion(rows[:, TOP_P], about), 1), np.iinfo(np.int64).max)
+        for about in (total - near, total + near)
+    )
+    before = running - ranked_weights
+    kept = np.minimum((before < fewest[:, None]).sum(1), top_k)
+    same = kept == np.minimum((before < most[:, None]).sum(1), top_k)
+    drawn = _kept_drawn(values, ids, largest, rows, (ranked[every, kept - 1], kept))
+    least, count = rows[:, MIN_P], np.isfinite(values).sum(1)
     # Weights follow the ranking but for rounding.
     past = ranked_weights[every, np.maximum(count - 1, 0)] < least - (least >> 10)
-    return drawn, np.where(rows[:, TOP_K] > 0, rows[:, TOP_K] <= count, (running[:, -1] >= limit) | past)
+    return drawn, np.where(by_count, rows[:, TOP_K] <= count, same & ((running[:, -1] >= most) | past))
+
+
+def _kept_drawn(values: Floats, ids: Ints, largest: Floats, rows: Ints, last_kept: tuple[Floats, Ints]) -> Ints:
+    """A token of the first of each row's ranking, as min_p leaves them: `last_kept` is the last value, and how many."""
+    last, kept = last_kept
+    equal, above = values == last[:, None], values > last[:, None]
+    equal &= np.cumsum(equal, axis=1) <= (kept - above.sum(1))[:, None]
+    weight = weights(values, largest, _scales(rows))
+    weight *= (above | equal) & (weight >= rows[:, MIN_P, None])
+    found = _located(weight, rows)
+    return np.where(found < 0, -1, ids[np.arange(len(rows)), found])
 
 
 def _scales(rows: Ints) -> Floats:

@@ -4,7 +4,8 @@ Knows numbers only. Invariant: the items of a token cover what it sees exactly o
 part slots name each of them once. A part slot is room for a result of one token that is not complete.
 
 A decode item is 8 numbers:   token, table row, start, end, slot, scores sinks, first of the part slots, how many:
-                              1 is all of the token, 0 leaves merging to another launch
+                              1 is all of the token, 0 leaves merging to another launch; and where the slot is
+                              below 0, too, nothing is written: the item fills up a list
 A wide item is 12 numbers:    first and count of `tokens`, table row, start, end of the keys that all rows see (full
                               tiles), end, slot of the first token or -1, most and fewest positions a key may be
                               before a row's own, scores sinks, and for the host: number of the tile, is a node

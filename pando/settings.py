@@ -91,6 +91,7 @@ class WorkerSettings(FleetSettings):
     overlap: str = option(
         "auto", "launch a step while the one before it runs; auto: not on a CPU", choices=("auto", "on", "off")
     )
+    cuda_graphs: str = option("auto", "on CUDA, replay recorded launches in steps of decoding", choices=("auto", "off"))
     threads: int = option(0, "CPU threads of the model; 0 leaves it to the device")
     lease_ttl_s: float = option(2.0, "life of the worker's lease in Redis")
     heartbeat_s: float = option(0.5, "time between heartbeats")

@@ -24,6 +24,7 @@ from worker import kv_cache, sampler
 from worker.batch import Batch, BlockCopy, SamplingParams, ScheduledSequence
 from worker.checks import check_kv, check_length
 from worker.cpu_tier import CpuTier
+from worker.graphs import DecodeGraphs, record
 from worker.models.config import ModelConfig, read_config, with_window
 from worker.models.decoder import Decoder, load_decoder
 from worker.runner import ModelSpec, StepInFlight
@@ -79,6 +80,8 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
     runner = ModelRunner(decoder, cache, spec, mover)
     if device.type == "cuda":
         _warm_up(runner)
+        if settings.cuda_graphs == "auto":
+            runner.graphs = record(decoder, cache, settings.max_sequences)
     return runner
 
 
@@ -100,6 +103,7 @@ class ModelRunner:
     ) -> None:
         self.spec = spec
         self.mover = mover
+        self.graphs: DecodeGraphs | None = None  # for the steps that fit one
         self._decoder: Decoder | None = decoder
         self._cache: kv_cache.KVCache | None = cache
         self._device = cache.blocks.device
@@ -143,6 +147,7 @@ class ModelRunner:
             self.mover.close()
         self._decoder = None
         self._cache = None
+        self.graphs = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -187,8 +192,14 @@ class ModelRunner:
         cache = self.cache
         for copies in independent_copies(inputs.copies):
             self._copy(cache, copies)
-        plan = self._plan(inputs.query_lens, inputs.context_lens, inputs.block_tables)
         rows = None if wanted is None else inputs.query_ends[wanted] - 1
+        if self.graphs is not None and rows is not None:
+            followed = token_ids if len(inputs.followed) else None
+            lens = (inputs.query_lens, inputs.context_lens)
+            replayed = self.graphs.hidden(inputs.token_ids, *lens, inputs.block_tables, followed=followed)
+            if replayed is not None:
+                return replayed.index_select(0, self._tensor(rows))
+        plan = self._plan(inputs.query_lens, inputs.context_lens, inputs.block_tables)
         whole = rows is None or len(rows) == len(inputs.token_ids)
         last = None
         if rows is not None and wanted is not None and not whole and self._device.type == "cpu":

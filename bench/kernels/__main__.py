@@ -1,4 +1,4 @@
-"""`python -m bench.kernels [--quick] [--shapes D1,C2] [--sweep] [--alone] [--json FILE]`: on a CUDA device.
+"""`python -m bench.kernels [--quick] [--shapes D1,C2,S] [--sweep] [--alone] [--json FILE]`: on a CUDA device.
 
 Each shape is checked against float32 before it is timed. Times are per layer, of graph replays over layers that
 together are far larger than the cache. `of floor` is the time over the least that this device's measured copy and
@@ -20,6 +20,7 @@ import torch
 
 import kernels
 from bench.kernels.peers import sdpa_microseconds
+from bench.kernels.sampling import print_sampling
 from bench.kernels.shapes import QUICK, SHAPES, Setting, Shape, make_setting
 from bench.kernels.timing import Roofline, graph_microseconds, host_microseconds, measure_roofline
 from kernels.configs import Processor, Tuning, tuning
@@ -55,9 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.cuda.empty_cache()
         if options.json:
             options.json.write_text(json.dumps(figures, indent=1))
+    drawing = [] if options.sweep or (options.shapes and "S" not in names) else print_sampling(roofline)
+    figures["drawing"] = [asdict(figure) for figure in drawing]
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1))
     if not options.sweep:
         print("\n".join(held_against(figures["shapes"])))
-    return 1 if any(figure["error"] > MOST_ERROR for figure in figures["shapes"]) else 0
+    wrong = any(figure["error"] > MOST_ERROR for figure in figures["shapes"]) or any(f.differing for f in drawing)
+    return 1 if wrong else 0
 
 
 def held_against(figures: Sequence[Mapping[str, Any]]) -> list[str]:

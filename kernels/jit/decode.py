@@ -51,7 +51,7 @@ def decode_kernel(
 
     rows = tl.arange(0, ROWS)
     row_heads = head * GROUP + rows
-    live_row = rows < GROUP
+    live_row = rows < tl.where(slot >= 0, GROUP, 0)  # without a slot the item fills up a list
     if HAS_SINKS:
         near, far = rows < GROUP * (1 - for_sinks), rows < GROUP * for_sinks
         rows_of = load_rows(query + token * query_stride, row_heads * HEAD_DIM, near, HEAD_DIM, DIM, True)
@@ -169,8 +169,8 @@ def merge_kernel(
     head = tl.program_id(0)
     merge = merges + tl.program_id(1) * 3
     token = tl.load(merge).to(tl.int64)
-    slots = part_slots + tl.load(merge + 1)
+    slots, num_parts = part_slots + tl.load(merge + 1), tl.load(merge + 2)
     num_heads: tl.constexpr = NUM_KV_HEADS * GROUP
-    result = merged(parts, states, slots, tl.load(merge + 2), head, num_heads, GROUP, ROWS, HEAD_DIM, DIM, STEP)
+    result = merged(parts, states, slots, num_parts, head, num_heads, GROUP, ROWS, HEAD_DIM, DIM, STEP)
     rows = tl.arange(0, ROWS)
-    store_result(out, token, head * GROUP + rows, rows < GROUP, result, num_heads, HEAD_DIM)
+    store_result(out, token, head * GROUP + rows, rows < tl.where(num_parts > 0, GROUP, 0), result, num_heads, HEAD_DIM)

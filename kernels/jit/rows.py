@@ -13,7 +13,7 @@ def write_kernel(
     sin,  # of which the first half is read: the negative one
     layer_kv,  # [num_blocks, 2, num_kv_heads, block_size, head_dim]; integers, or the bits of fp8, as KIND asks
     scales,  # [num_blocks, 2, num_kv_heads, block_size], as KIND has them
-    slots,  # [num_tokens] int32
+    slots,  # [num_tokens] int32; below 0 nothing is written
     heads_stride,
     cos_stride,
     sin_stride,
@@ -54,7 +54,8 @@ def write_kernel(
     width: tl.constexpr = half if KIND == "int4" else HEAD_DIM
     target = layer_kv + block * block_stride + inside * width + row * HEAD_ROW
     scale_at = scales + block * (block_stride // 2) + inside + row * (HEAD_ROW // 2)
-    mask = mask & (head >= NUM_QUERY)[:, None]
+    first_written = tl.where(slot >= 0, NUM_QUERY, NUM_QUERY + 2 * NUM_KV_HEADS)
+    mask = mask & (head >= first_written)[:, None]
     store_kv(low, high, target, scale_at, dims[None, :], mask, half, KIND, LARGEST)
 
 

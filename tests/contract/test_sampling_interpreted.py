@@ -8,6 +8,7 @@ import torch
 
 from kernels import device, reference
 from kernels.configs import SamplingConfig
+from kernels.sampling import _NEAR_BITS, SCALE, _nearly_all, weights
 from tests.sampling_cases import CASES, Case, make_problem
 
 # Tiny, so that small rows have several tiles and lists of the most likely tokens are soon full.
@@ -34,6 +35,24 @@ def test_kernel(case: Case) -> None:
 def test_twin_that_looks_at_the_most_likely_first(case: Case) -> None:
     problem = make_problem(case)
     assert reference.sample(problem.logits.clone(), problem.draws()).tolist() == problem.expected()
+
+
+@pytest.mark.parametrize("bits", [3, 60])
+def test_totals_that_are_near_decide_nothing(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a wide margin most rows are looked at again, with none the sum in floating point alone would decide."""
+    problem = make_problem(Case("long", 1500, count=2))
+    monkeypatch.setattr("kernels.sampling._NEAR_BITS", bits)
+    assert reference.sample(problem.logits.clone(), problem.draws()).tolist() == problem.expected()
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 12.0])
+def test_totals_are_as_near_as_is_said(spread: float) -> None:
+    problem = make_problem(Case("long", 20_000, spread=spread))
+    values, rows = problem.logits.numpy(), problem.draws().rows.numpy()
+    random = rows[:, SCALE] != 0
+    values, rows = values[random], rows[random]
+    exact = weights(values, values.max(1), rows[:, SCALE].astype(np.int32).view(np.float32)).sum(1)
+    assert (np.abs(_nearly_all(values, values.max(1), rows) - exact) <= exact / 2.0 ** (_NEAR_BITS + 1)).all()
 
 
 def test_logits_are_changed_where_tokens_are_banned_alone() -> None:

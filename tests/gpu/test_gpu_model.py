@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
 from tests.runner_driver import Driver, load, random_tokens
-from worker.batch import SamplingParams
+from worker.batch import Batch, SamplingParams
 from worker.model_runner import ModelRunner
+from worker.sampler import Draw, start
 
 MODEL = "pando-tiny"
 
@@ -77,4 +79,62 @@ def test_a_pool_is_sized_within_the_fraction() -> None:
     runner = load(MODEL, device="cuda", dtype="bfloat16", device_blocks=0, memory_fraction=0.5)
     free, total = torch.cuda.mem_get_info()
     assert total - free <= 0.55 * total
+    runner.close()
+
+
+def test_replayed_steps_give_what_the_plain_path_gives(cuda: ModelRunner) -> None:
+    """Steps of three sequences in a graph of four, shared blocks and all, then beside a prompt, then one alone."""
+    assert cuda.graphs is not None
+    found = []
+    for recorded in (cuda.graphs, None):
+        graphs, cuda.graphs = cuda.graphs, recorded
+        driver = Driver(cuda, seed=4)
+        first = driver.start(tokens(200, seed=1))
+        driver.step([first])
+        others = [driver.start(first.tokens[:192] + tokens(9, seed=n), prefix=first, cached=192) for n in (2, 3)]
+        driver.step(others)
+        for _ in range(20):
+            driver.step([first, *others])
+        driver.step([first, driver.start(tokens(30, seed=5))])
+        driver.step([first])
+        found.append([driven.tokens[-20:] for driven in (first, *others)])
+        cuda.graphs = graphs
+    same = sum(a == b for ours, theirs in zip(*found, strict=True) for a, b in zip(ours, theirs, strict=True))
+    assert same == 60 or cuda.cache.blocks.dtype != torch.float32  # libraries choose products by the number of rows
+
+
+def test_hidden_states_of_a_replay(cuda: ModelRunner) -> None:
+    assert cuda.graphs is not None
+    hidden = []
+    for recorded in (cuda.graphs, None):
+        graphs, cuda.graphs = cuda.graphs, recorded
+        driver = Driver(cuda, seed=5)
+        sequences = [driver.start(tokens(length, seed=length)) for length in (7, 100, 31)]
+        driver.step(sequences)
+        batch = Batch(tuple(driver.share(sequence) for sequence in sequences))
+        with torch.inference_mode():
+            hidden.append(cuda._hidden(batch, cuda._inputs(batch), np.arange(3)).float())
+        cuda.graphs = graphs
+    error = (hidden[0] - hidden[1]).norm() / hidden[1].norm()
+    assert error < {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.004}[cuda.cache.blocks.dtype]
+
+
+def test_a_step_of_decoding_waits_for_its_tokens_alone(cuda: ModelRunner) -> None:
+    driver = Driver(cuda)
+    sequences = [driver.start(tokens(length, seed=length)) for length in (7, 40)]
+    driver.generate(sequences, 3)
+    draws = [Draw(SamplingParams(temperature=0.8, top_p=0.9, seed=n), n, (1, 2)) for n in range(2)]
+    logits = torch.randn(2, 2003, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        drawn = start(logits, draws)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(0 <= token < 2003 for token in drawn.tolist())
+
+
+def test_graphs_may_be_off() -> None:
+    runner = load(MODEL, device="cuda", dtype="bfloat16", cuda_graphs="off")
+    assert runner.graphs is None
     runner.close()

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from bench.kernels.__main__ import held_against, main
+from bench.kernels.sampling import Way, by_sorting, draws_of
 from bench.kernels.shapes import SHAPES, Shape, make_setting
+from kernels import reference
 from kernels.configs import DecodeConfig, Tuning, WideConfig
 
 TUNED = Tuning(
@@ -70,3 +72,12 @@ def test_a_shape_is_held_against_another_where_both_were_timed() -> None:
 def test_without_a_device_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--quick"]) == 1
     assert "CUDA" in capsys.readouterr().err
+
+
+def test_torch_and_the_twin_leave_the_same_tokens() -> None:
+    row = 3 * torch.randn(1, 400, generator=torch.Generator().manual_seed(1))
+    for way in (Way("greedy", temperature=0.0), Way("few", top_k=6, top_p=0.9), Way("min-p", min_p=0.2)):
+        logits = row.expand(600, -1).contiguous()
+        ours = reference.sample(logits, draws_of(way, 600, logits.device))
+        theirs = by_sorting(logits, way, torch.linspace(0, 0.9999, 600)[:, None])
+        assert set(ours.tolist()) == set(theirs.tolist())
