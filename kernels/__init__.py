@@ -108,7 +108,11 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
     if isinstance(weight, PackedWeight):
         return cpu.linear(x, weight, bias)
     if isinstance(weight, FixedTiles):
-        return fixed_order.linear(x, weight, bias)
+        operations = _operations(x)
+        if operations is reference or not x.is_cuda:
+            return fixed_order.linear(x, weight, bias)
+        product: torch.Tensor = operations.linear(x, weight.weight, bias)
+        return product
     return F.linear(x, weight, bias)
 
 
@@ -138,6 +142,8 @@ def plan_attention(
     options: dict[str, Any] = {"num_heads": num_heads, "windows": windows, "sinks": sinks}
     if deterministic and operations is reference:
         return fixed_plan.plan_attention(*arguments, **options)
+    if deterministic and kv_cache.is_cuda:
+        options["deterministic"] = True
     made: AttentionPlan = operations.plan_attention(*arguments, **options)
     if deterministic and isinstance(made, host_plan.AttentionPlan):  # nothing that native code takes
         return fixed_plan.plan_attention(*arguments, **options)

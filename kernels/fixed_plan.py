@@ -19,6 +19,7 @@ import torch
 from kernels.plan import LARGEST_GATHER, Gather, slot_rows
 from kernels.quantize import KV
 from kernels.step import Ints, Step, checked_step
+from kernels.work_list import expanded
 
 ROWS = 16
 KEYS = 128
@@ -123,7 +124,7 @@ def _tiles(step: Step, group: int) -> tuple[_Tiles, Ints]:
     rows = max(ROWS, group)
     most = rows // group
     per_sequence = -(-step.query_lens // most)
-    sequence, number = _expanded(per_sequence)
+    sequence, number = expanded(per_sequence)
     begin = number * most
     count = np.minimum(most, step.query_lens[sequence] - begin)
     first = (step.context_lens - step.query_lens)[sequence] + begin
@@ -164,7 +165,7 @@ def _listed(tiles: _Tiles, keys: int, window: int | None, sinks: int) -> _List:
     begin = np.zeros_like(end) if window is None else np.maximum(0, tiles.first - window + 1)
     far = np.zeros_like(end) if window is None else np.maximum(0, np.minimum(sinks, end - window))
     num_far = -(-far // keys)
-    tile, number = _expanded(num_far + -(-end // keys) - begin // keys)
+    tile, number = expanded(num_far + -(-end // keys) - begin // keys)
     is_sink = number < num_far[tile]
     return _List(tile, is_sink, number, np.where(is_sink, number, number - num_far[tile] + begin[tile] // keys))
 
@@ -242,9 +243,3 @@ def _gather(step: Step, sequences: Ints, sources: _List, window_sinks: tuple[int
     lane = np.arange(2)[:, None] * len(sequences) + row[None, :]
     dead = (lane[:, None, :] * step.num_kv_heads + np.arange(step.num_kv_heads)[None, :, None]) * keys + offset
     return Gather(len(sequences), keys, step.tensor(head_rows.reshape(-1)), step.tensor(dead.reshape(-1)))
-
-
-def _expanded(counts: Ints) -> tuple[Ints, Ints]:
-    """For `counts[i]` things of each owner i: the owner of each thing, and its number among the owner's."""
-    owner = np.repeat(np.arange(len(counts)), counts)
-    return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]

@@ -20,8 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.configs import tuning
-from kernels.jit.decode import decode_kernel
+from kernels.configs import PRODUCT, tuning
+from kernels.jit.decode import decode_kernel, merge_kernel
+from kernels.jit.linear import linear_kernel
 from kernels.jit.rows import norm_kernel, write_kernel
 from kernels.jit.wide import wide_kernel
 
@@ -33,7 +34,7 @@ READ = {"same": "*bf16", "int8": "*i8", "fp8": "*fp8e4nv", "int4": "*u8"}
 WRITTEN = READ | {"fp8": "*u8"}
 LARGEST = {"same": 0.0, "int8": 127.0, "fp8": 448.0, "int4": 7.0}
 ROW_BYTES = {"same": 128, "int8": 130, "fp8": 130, "int4": 66}  # of a token, scale included; elements of "same"
-NUMBERS = {"tables", "items", "part_slots", "counters", "tokens", "positions", "slots"}
+NUMBERS = {"tables", "items", "part_slots", "counters", "tokens", "positions", "slots", "merges"}
 
 
 def variants(kind: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
@@ -42,8 +43,23 @@ def variants(kind: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]
     row |= {"ROTATE": True, "LARGEST": LARGEST[kind], **layout(kind)}
     made = attentions(kind) | {"write": (write_kernel, row, {"num_warps": 2})}
     if kind == "same":
+        made |= products()
         made["norm"] = (norm_kernel, {"SIZE": 4096, "WIDTH": 4096, "ADD": True}, {"num_warps": 8})
     return made
+
+
+def products() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
+    """Deterministic mode's own."""
+    tile = {"ROWS": PRODUCT.rows, "OUTPUTS": PRODUCT.outputs, "INPUTS": PRODUCT.inputs}
+    merging = {"NUM_KV_HEADS": 8, "GROUP": 4, "ROWS": 4, "HEAD_DIM": 128, "DIM": 128, "STEP": 1}
+    return {
+        "linear": (
+            linear_kernel,
+            tile | {"EVEN": True, "HAS_BIAS": False},
+            {"num_warps": PRODUCT.num_warps, "num_stages": PRODUCT.num_stages},
+        ),
+        "merge, fixed": (merge_kernel, merging, {}),
+    }
 
 
 def layout(kind: str) -> dict[str, Any]:
@@ -63,14 +79,19 @@ def attentions(kind: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, int]
         ),
         "wide": (
             wide_kernel,
-            heads | {"ROWS": wide.rows, "TILE": wide.tile},
+            heads | {"ROWS": wide.rows, "TILE": wide.tile, "FIXED": False},
+            {"num_warps": wide.num_warps, "num_stages": wide.num_stages},
+        ),
+        "wide, fixed": (
+            wide_kernel,
+            heads | {"ROWS": wide.rows, "TILE": wide.tile, "FIXED": True},
             {"num_warps": wide.num_warps, "num_stages": wide.num_stages},
         ),
     }
     if many != wide:
         made["wide, many"] = (
             wide_kernel,
-            heads | {"ROWS": many.rows, "TILE": many.tile},
+            heads | {"ROWS": many.rows, "TILE": many.tile, "FIXED": False},
             {"num_warps": many.num_warps, "num_stages": many.num_stages},
         )
     return made
@@ -83,7 +104,7 @@ def build(kernel: Any, constants: dict[str, Any], options: dict[str, int]) -> di
         signature[name] = "constexpr" if name in constants else _kind(name)
         if name == "layer_kv":
             signature[name] = (WRITTEN if kernel is write_kernel else READ)[constants["KIND"]]
-        if name not in constants and signature[name] != "fp32" and name != "table_stride":
+        if name not in constants and signature[name] != "fp32" and name not in ("table_stride", "num_rows"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -98,7 +119,7 @@ def build(kernel: Any, constants: dict[str, Any], options: dict[str, int]) -> di
 def _kind(name: str) -> str:
     if name in ("scale", "eps"):
         return "fp32"
-    if name.endswith("stride"):
+    if name.endswith("stride") or name.startswith("num_"):
         return "i32"
     return "*fp32" if name in FLOATS else "*i32" if name in NUMBERS else "*bf16"
 
