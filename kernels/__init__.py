@@ -90,6 +90,11 @@ def _operations(tensor: KV) -> ModuleType:
     return _device_operations() if tensor.is_cuda else _cpu_operations()
 
 
+def _in_plain_torch(tensor: KV) -> bool:
+    """Whether plain torch computes what native code does not take, or everything."""
+    return _operations(tensor) in (reference, cpu)
+
+
 def _planned(tensor: torch.Tensor, plan: AttentionPlan) -> ModuleType:
     return fixed_order if isinstance(plan, FixedPlan) else _operations(tensor)
 
@@ -108,10 +113,9 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
     if isinstance(weight, PackedWeight):
         return cpu.linear(x, weight, bias)
     if isinstance(weight, FixedTiles):
-        operations = _operations(x)
-        if operations is reference or not x.is_cuda:
+        if _in_plain_torch(x):
             return fixed_order.linear(x, weight, bias)
-        product: torch.Tensor = operations.linear(x, weight.weight, bias)
+        product: torch.Tensor = _operations(x).linear(x, weight.weight, bias)
         return product
     return F.linear(x, weight, bias)
 
@@ -142,7 +146,7 @@ def plan_attention(
     options: dict[str, Any] = {"num_heads": num_heads, "windows": windows, "sinks": sinks}
     if deterministic and operations is reference:
         return fixed_plan.plan_attention(*arguments, **options)
-    if deterministic and kv_cache.is_cuda:
+    if deterministic and not _in_plain_torch(kv_cache):
         options["deterministic"] = True
     made: AttentionPlan = operations.plan_attention(*arguments, **options)
     if deterministic and isinstance(made, host_plan.AttentionPlan):  # nothing that native code takes

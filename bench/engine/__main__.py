@@ -1,6 +1,7 @@
-"""`python -m bench.engine make|alone|workload|facts`: checkpoints, the engine's figures, the workload beside peers.
+"""`python -m bench.engine make|alone|deterministic|workload|facts`: checkpoints, the engine's figures, with and without
+deterministic mode, the workload beside peers.
 
-`alone` and `facts` need neither Ray nor Redis. `workload` starts Redis, a router and a worker as processes for our own
+All but `workload` need neither Ray nor Redis. `workload` starts Redis, a router and a worker as processes for our own
 row; where there is no Redis, it says so and ends with code 2.
 """
 
@@ -21,6 +22,7 @@ import torch
 from bench.engine import facts
 from bench.engine.alone import BATCHES, measure_alone
 from bench.engine.checkpoints import SHAPES, checkpoint
+from bench.engine.deterministic import measure_cost
 from bench.engine.machine import Machine, measure_machine
 from bench.engine.scenario import SCENARIO, read_scenario
 from bench.engine.tables import comparison_table, markdown, number
@@ -67,6 +69,14 @@ def _alone(arguments: argparse.Namespace) -> dict[str, Any]:
     ]
     print(markdown(["batch", "decode tokens/s", "bandwidth bound", "of it", "us of the engine a step"], body))
     return {"machine": asdict(machine), "model": settings.model, **asdict(found)}
+
+
+def _deterministic(arguments: argparse.Namespace) -> dict[str, Any]:
+    found = measure_cost(_worker(arguments), prefill_tokens=arguments.prefill, rounds=arguments.rounds)
+    body = [[cost.work, number(cost.off, 1), number(cost.on, 1), f"{cost.ratio:.2f}"] for cost in found]
+    print(markdown(["tokens/s", "off", "on", "on / off"], body))
+    print(f"the fastest of {arguments.rounds} rounds each, in turns, load average {os.getloadavg()[0]:.1f}")
+    return {"model": arguments.model, "dtype": arguments.dtype, "costs": [asdict(cost) for cost in found]}
 
 
 def _workload(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -182,6 +192,10 @@ def _parser() -> argparse.ArgumentParser:
     alone = commands.add_parser("alone", help="prefill and decode of the engine in this process")
     alone.add_argument("--batches", type=_numbers, default=BATCHES, help="such as 1,8,16,64")
     alone.set_defaults(run=_alone)
+    cost = commands.add_parser("deterministic", help="what deterministic mode costs, measured in turns")
+    cost.add_argument("--rounds", type=int, default=5)
+    cost.add_argument("--prefill", type=int, default=1024, help="tokens of the prompt")
+    cost.set_defaults(run=_deterministic)
     workload = commands.add_parser("workload", help="the multi-tenant workload, ours and the peers that are there")
     workload.add_argument("--scenario", type=Path, default=SCENARIO)
     workload.add_argument("--rounds", type=int, default=3)
@@ -199,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     figures.add_argument("--plot", type=Path, help="SVG of the time for a token over length")
     figures.add_argument("--plot-memory", type=Path, help="SVG of sequences in the same bytes")
     figures.set_defaults(run=_facts)
-    for one in (alone, workload, figures):
+    for one in (alone, cost, workload, figures):
         _model_options(one)
     return parser
 

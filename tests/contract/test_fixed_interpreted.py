@@ -3,19 +3,25 @@ for a token in any step. Tiles and parts are tiny, so that small cases have seve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import kernels
 from kernels import FORMATS, device
 from kernels.fixed_work_list import fixed_work_list
 from kernels.step import checked_step
 from kernels.work_list import COUNT, END, FIRST, SLOT, START
 from tests.contract.test_kernels_interpreted import TINY, TOLERANCE
 from tests.kernel_cases import CASES, Case, Problem, leave_window, make_problem
+from tests.oracle import make_checkpoint, oracle_logits
+from tests.runner_driver import Driver, load, random_tokens
 
 FIXED = replace(TINY, part=64)
 LONG = (
@@ -87,3 +93,33 @@ def test_a_product(inputs: int, outputs: int, dtype: torch.dtype) -> None:
     for rows in (slice(0, 1), slice(7, 9), slice(60, 130), slice(129, 130)):
         assert torch.equal(device.linear(x[rows], weight, bias), together[rows])
     assert torch.equal(device.linear(x, weight, torch.zeros_like(bias)), device.linear(x, weight, None))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_a_model_whole_in_chunks_and_in_a_batch(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle = make_checkpoint(tmp_path, family)
+    monkeypatch.setattr(kernels, "_cpu_operations", lambda: device)
+    runner = load(tmp_path, deterministic="on")
+    driver = Driver(runner)
+    prompt = random_tokens(26, seed=3)
+    whole = driver.logits(driver.start(prompt))
+    torch.testing.assert_close(whole, oracle_logits(oracle, prompt), atol=1e-4, rtol=0)
+    assert torch.equal(driver.logits(driver.start(prompt), chunk=11), whole)
+    first = driver.start(prompt[:25])
+    driver.generate([first], 1)
+    batch = [driver.start(prompt, prefix=first, cached=24), driver.start(prompt[:25], prefix=first, cached=24)]
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr(kernels, "linear", recorded(drawn))
+    driver.step([*batch, driver.start(random_tokens(34, seed=5))])
+    assert torch.equal(drawn[-1][:2], whole[[25, 24]])
+    runner.close()
+
+
+def recorded(products: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
+    linear = kernels.linear
+
+    def made(*arguments: Any) -> torch.Tensor:
+        products.append(linear(*arguments))
+        return products[-1]
+
+    return made
