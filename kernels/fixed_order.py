@@ -18,47 +18,51 @@ from kernels.reference import gathered, rotary_write_kv, write_kv
 __all__ = ["FixedTiles", "attention", "linear", "rotary_write_kv", "sink_attention", "write_kv"]
 
 ROWS = 16
-MANY_ROWS = 128
+OTHER_ROWS = (128, 8, 4)
 
 
 class FixedTiles:
-    """`weight[outputs, inputs]` whose products are made in tiles of `ROWS` rows, and of `MANY_ROWS` where the library
-    adds up those in the same order."""
+    """`weight[outputs, inputs]` whose products are made in tiles of `ROWS` rows, and of `OTHER_ROWS` where the library
+    adds up those in the same order: `sizes`, the largest first."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
         outputs, inputs = weight.shape
-        on_cpu = weight.device.type == "cpu"
-        same = on_cpu and _same_order(inputs, outputs, weight.dtype, torch.get_num_threads())
-        self.many = MANY_ROWS if same else ROWS
+        others: tuple[int, ...] = ()
+        if weight.device.type == "cpu":
+            others = _others_in_order(inputs, outputs, weight.dtype, torch.get_num_threads())
+        self.sizes = tuple(sorted((ROWS, *others), reverse=True))
 
 
 def linear(x: torch.Tensor, weight: FixedTiles, bias: torch.Tensor | None = None) -> torch.Tensor:
     """As `kernels.linear`, `x[rows, inputs]`."""
-    rows, whole = x.shape[0], x.shape[0] // ROWS * ROWS
-    x, across = x.contiguous(), weight.weight.t()
+    rows, x, across = x.shape[0], x.contiguous(), weight.weight.t()
     out = torch.empty((rows, across.shape[1]), dtype=x.dtype, device=x.device)
     first = 0
-    for size in (weight.many, ROWS):
+    for size in (size for size in weight.sizes if size >= ROWS):
         while first + size <= rows:
             torch.mm(x[first : first + size], across, out=out[first : first + size])
             first += size
-    if whole < rows:
-        last = x.new_zeros((ROWS, x.shape[1]))
-        last[: rows - whole] = x[whole:]
-        out[whole:] = torch.mm(last, across)[: rows - whole]
+    if first < rows:
+        last = x.new_zeros((min(size for size in weight.sizes if size >= rows - first), x.shape[1]))
+        last[: rows - first] = x[first:]
+        out[first:] = torch.mm(last, across)[: rows - first]
     return out if bias is None else out.add_(bias)
 
 
 @cache
-def _same_order(inputs: int, outputs: int, dtype: torch.dtype, threads: int) -> bool:
-    """Whether a row of a tile of `MANY_ROWS` is what it is in one of `ROWS`. The order is chosen by shape, for so many
-    threads, so a product of any numbers tells it for all."""
+def _others_in_order(inputs: int, outputs: int, dtype: torch.dtype, threads: int) -> tuple[int, ...]:
+    """In tiles of which of `OTHER_ROWS` a row is what it is in one of `ROWS`. The library chooses an order by shape,
+    for so many threads, so a product of any numbers tells it for all."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn((MANY_ROWS, inputs), generator=generator).to(dtype)
+    x = torch.randn((max(OTHER_ROWS), inputs), generator=generator).to(dtype)
     across = torch.randn((outputs, inputs), generator=generator).to(dtype).t()
-    tiles = torch.cat([torch.mm(x[row : row + ROWS], across) for row in range(0, MANY_ROWS, ROWS)])
-    return torch.equal(torch.mm(x, across), tiles)
+
+    def tiled(size: int) -> torch.Tensor:
+        return torch.cat([torch.mm(x[row : row + size], across) for row in range(0, len(x), size)])
+
+    expected = tiled(ROWS)
+    return tuple(size for size in OTHER_ROWS if torch.equal(tiled(size), expected))
 
 
 def attention(

@@ -152,6 +152,21 @@ def part(problem: Problem, index: int, rows: slice, left: int) -> torch.Tensor:
     return alone.run(Fixed)
 
 
+def test_tiles_of_another_order_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is for one row here, and could be for many elsewhere."""
+    product = torch.mm
+
+    def many_apart(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        made = product(left, right) * (1 + 2.0**-20 * (len(left) != fixed_order.ROWS))
+        return made if out is None else out.copy_(made)
+
+    monkeypatch.setattr(torch, "mm", many_apart)
+    x, packed = normal(150, 37), FixedTiles(normal(21, 37))
+    assert packed.sizes == (fixed_order.ROWS,)
+    together = kernels.linear(x, packed)
+    assert torch.equal(kernels.linear(x[5:7], packed), together[5:7])
+
+
 def test_a_hole_that_is_read() -> None:
     cache = torch.zeros(8, 1, 2, 2, 8, 16)
     tables = np.array([[0, -1, 2]])
