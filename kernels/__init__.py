@@ -25,11 +25,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from kernels import cpu, reference
+from kernels import cpu, fixed_order, fixed_plan, reference
 from kernels import plan as host_plan
 from kernels.cpu_calls import num_threads, set_num_threads
 from kernels.cpu_layers import CpuStack, LayerWeights, stack_of
@@ -37,12 +38,14 @@ from kernels.cpu_library import library
 from kernels.cpu_plan import CpuPlan
 from kernels.cpu_weights import PackedWeight
 from kernels.device_plan import DevicePlan
+from kernels.fixed_order import FixedTiles
+from kernels.fixed_plan import FixedPlan
 from kernels.quantize import FORMATS, KV, KVFormat, StoredKV, stored
 from kernels.sampling import Draws, plan_draws
 from kernels.step import Ints
 
-AttentionPlan = host_plan.AttentionPlan | CpuPlan | DevicePlan
-Weight = torch.Tensor | PackedWeight
+AttentionPlan = host_plan.AttentionPlan | CpuPlan | DevicePlan | FixedPlan
+Weight = torch.Tensor | PackedWeight | FixedTiles
 
 __all__ = [
     "FORMATS",
@@ -64,7 +67,6 @@ __all__ = [
     "merge_states",
     "num_threads",
     "pack",
-    "pack_gated",
     "plan_attention",
     "plan_draws",
     "rms_norm",
@@ -116,26 +118,40 @@ def takes_static_plans(tensor: KV) -> bool:
     return _operations(tensor).__name__ == "kernels.device"
 
 
-def pack(weight: torch.Tensor) -> Weight:
-    """`weight[outputs, inputs]` as `linear` takes it where the weight is: another tensor in memory, or itself."""
-    packed: Weight = cpu.pack(weight) if _operations(weight) is cpu else weight
-    return packed
+def _in_plain_torch(tensor: KV) -> bool:
+    """Whether plain torch computes what native code does not take, or everything."""
+    return _operations(tensor) in (reference, cpu)
 
 
-def pack_gated(weight: torch.Tensor) -> Weight:
-    """`weight[2 * outputs, inputs]`, gates first, as `gated_linear` takes it."""
-    packed: Weight = cpu.pack(weight, gated=True) if _operations(weight) is cpu else weight
-    return packed
+def _planned(tensor: torch.Tensor, plan: AttentionPlan) -> ModuleType:
+    return fixed_order if isinstance(plan, FixedPlan) else _operations(tensor)
+
+
+def pack(weight: torch.Tensor, *, gated: bool = False, deterministic: bool = False) -> Weight:
+    """`weight[outputs, inputs]` as `linear` takes it where the weight is: another tensor in memory, or itself; if
+    `gated`, `weight[2 * outputs, inputs]`, gates first, as `gated_linear` takes it.
+
+    If `deterministic`, a row of a product is the same to the last bit whatever the other rows are and how many.
+    """
+    packed: Weight = cpu.pack(weight, gated=gated) if _operations(weight) is cpu else weight
+    return FixedTiles(packed) if deterministic and isinstance(packed, torch.Tensor) else packed
 
 
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x[num_tokens, inputs] @ weight.T + bias[outputs]`."""
-    return weight.times(x, bias) if isinstance(weight, PackedWeight) else F.linear(x, weight, bias)
+    if isinstance(weight, PackedWeight):
+        return weight.times(x, bias)
+    if isinstance(weight, FixedTiles):
+        if _in_plain_torch(x):
+            return fixed_order.linear(x, weight, bias)
+        product: torch.Tensor = _operations(x).linear(x, weight.weight, bias)
+        return product
+    return F.linear(x, weight, bias)
 
 
 def gated_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`silu(gate) * up` of `linear` with a weight of `pack_gated`: `[num_tokens, outputs]`."""
-    return weight.times(x, bias) if isinstance(weight, PackedWeight) else silu_mul(F.linear(x, weight, bias))
+    """`silu(gate) * up` of `linear` with a `gated` weight: `[num_tokens, outputs]`."""
+    return weight.times(x, bias) if isinstance(weight, PackedWeight) else silu_mul(linear(x, weight, bias))
 
 
 def stack(
@@ -176,6 +192,7 @@ def plan_attention(
     num_heads: int,
     windows: Sequence[int | None] = (None,),
     sinks: Mapping[int, int] | None = None,
+    deterministic: bool = False,
 ) -> AttentionPlan:
     """Plan one step over `kv_cache`, of which only shape, dtype and device are used, for queries of `num_heads`.
 
@@ -184,11 +201,19 @@ def plan_attention(
     between its sinks and its window, are not read. A window of W lets a position see itself and the W - 1 before it,
     and with `sinks[W]` the first positions of the sequence too. Sequences whose tables begin with the same blocks may
     have these read once for all. Raises ValueError if a table is too short or has a hole, a negative id, where it is
-    read.
+    read. If `deterministic`, a token's result is the same to the last bit whatever else is in the step and wherever
+    the step begins in its sequence.
     """
-    made: AttentionPlan = _operations(kv_cache).plan_attention(
-        kv_cache, query_lens, context_lens, block_tables, num_heads=num_heads, windows=windows, sinks=sinks
-    )
+    operations = _operations(kv_cache)
+    arguments: tuple[Any, ...] = (kv_cache, query_lens, context_lens, block_tables)
+    options: dict[str, Any] = {"num_heads": num_heads, "windows": windows, "sinks": sinks}
+    if deterministic and operations is reference:
+        return fixed_plan.plan_attention(*arguments, **options)
+    if deterministic and not _in_plain_torch(kv_cache):
+        options["deterministic"] = True
+    made: AttentionPlan = operations.plan_attention(*arguments, **options)
+    if deterministic and isinstance(made, host_plan.AttentionPlan):  # nothing that native code takes
+        return fixed_plan.plan_attention(*arguments, **options)
     return made
 
 
@@ -200,7 +225,7 @@ def attention(
     The step's own keys and values are in `layer_kv` already (see `write_kv`). `window` must be one of the plan's.
     Scores are multiplied by `scale`. Returns `[num_tokens, num_heads, head_dim]`.
     """
-    out: torch.Tensor = _operations(query).attention(query, layer_kv, plan, scale=scale, window=window)
+    out: torch.Tensor = _planned(query, plan).attention(query, layer_kv, plan, scale=scale, window=window)
     return out
 
 
@@ -218,7 +243,7 @@ def sink_attention(
     `sink_query` is the query rotated for min(its position, S + W - 1): to it the sinks lie right before the window,
     however far the sequence has come. What both see is merged by their softmax states.
     """
-    operations = _operations(query)
+    operations = _planned(query, plan)
     out: torch.Tensor = operations.sink_attention(query, sink_query, layer_kv, plan, scale=scale, window=window)
     return out
 
@@ -234,7 +259,7 @@ def merge_states(parts: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 def write_kv(key_value: torch.Tensor, layer_kv: KV, plan: AttentionPlan) -> None:
     """Write the step's keys and values, `key_value[num_tokens, 2 * num_kv_heads, head_dim]` (keys, then values),
     into the slots of `plan`. Keys are rotated already."""
-    _operations(key_value).write_kv(key_value, layer_kv, plan)
+    _planned(key_value, plan).write_kv(key_value, layer_kv, plan)
 
 
 def rotary_write_kv(
@@ -242,7 +267,7 @@ def rotary_write_kv(
 ) -> None:
     """`rotary_` of the queries in `heads[num_tokens, num_heads + 2 * num_kv_heads, head_dim]` (queries, keys, values),
     in place, and `write_kv` of the keys, rotated too, and the values. The keys' own place is undefined after."""
-    _operations(heads).rotary_write_kv(heads, cos, sin, layer_kv, plan)
+    _planned(heads, plan).rotary_write_kv(heads, cos, sin, layer_kv, plan)
 
 
 def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:

@@ -32,6 +32,20 @@ class WideConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ProductConfig:
+    """One tile of a product, whatever its rows are: see `kernels.jit.linear`. Not measured yet."""
+
+    rows: int = 64
+    outputs: int = 64
+    inputs: int = 64
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+PRODUCT = ProductConfig()
+
+
+@dataclass(frozen=True, slots=True)
 class Processor:
     """What decides whether a shared prefix is read once or by each of its queries, and how ranges are cut."""
 
@@ -53,6 +67,7 @@ class Tuning:
     many: WideConfig = WideConfig(rows=128)  # where there is work for twice as many programs; of the same tile
     processor: Processor = Processor()
     share: bool | None = None  # whether shared prefixes are read once; None: where it pays
+    part: int = 1024  # positions of a part in deterministic mode, where nothing is shared
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ Plan = CpuPlan | host_plan.AttentionPlan
 
 
 def pack(weight: torch.Tensor, *, gated: bool = False) -> PackedWeight | torch.Tensor:
-    """As `kernels.pack` and `kernels.pack_gated`."""
+    """As `kernels.pack`."""
     return PackedWeight(weight, gated=gated) if can_pack(weight) else weight
 
 

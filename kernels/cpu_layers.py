@@ -17,9 +17,10 @@ from kernels.cpu import cache_shape
 from kernels.cpu_calls import Layer, Stack, Teams, Tokens, native, num_threads
 from kernels.cpu_plan import CpuPlan
 from kernels.cpu_weights import PackedWeight
+from kernels.fixed_order import FixedTiles
 from kernels.quantize import KV
 
-Biased = tuple["PackedWeight | torch.Tensor", "torch.Tensor | None"]
+Biased = tuple["PackedWeight | FixedTiles | torch.Tensor", "torch.Tensor | None"]
 
 
 @dataclass(frozen=True, slots=True)

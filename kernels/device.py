@@ -11,9 +11,10 @@ from contextlib import contextmanager
 import torch
 import triton
 
-from kernels.configs import SamplingConfig
+from kernels.configs import PRODUCT, SamplingConfig
 from kernels.device_plan import DevicePlan, plan_attention
 from kernels.jit.decode import decode_kernel, merge_kernel
+from kernels.jit.linear import linear_kernel
 from kernels.jit.rows import head_norm_kernel, norm_kernel, silu_mul_kernel, write_kernel
 from kernels.jit.sampling import ban_kernel, sample_kernel
 from kernels.jit.wide import wide_kernel
@@ -26,6 +27,7 @@ __all__ = [
     "attention",
     "copy_blocks",
     "head_rms_norm_",
+    "linear",
     "merge_states",
     "plan_attention",
     "rms_norm",
@@ -41,6 +43,20 @@ LOG2_E = 1.4426950408889634
 HEADS_A_PROGRAM = 8
 GATES_A_PROGRAM = 1024
 BANS_A_PROGRAM = 128
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """As `kernels.linear` of a weight that was packed for deterministic mode."""
+    rows, inputs = x.shape
+    outputs, tile = weight.shape[0], PRODUCT
+    x, weight = x.contiguous(), weight.contiguous()
+    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    linear_kernel[triton.cdiv(rows, tile.rows), triton.cdiv(outputs, tile.outputs)](
+        out, x, weight, weight if bias is None else bias, rows, outputs, inputs, HAS_BIAS=bias is not None,
+        ROWS=tile.rows, OUTPUTS=tile.outputs, INPUTS=tile.inputs, EVEN=inputs % tile.inputs == 0,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out
 
 
 def attention(
@@ -82,14 +98,14 @@ def _attend(
     numbers = (scale * LOG2_E, query.stride(0), scorer.stride(0), kv.stride(0), plan.tables.stride(0))
     shape = {"NUM_KV_HEADS": num_kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "DIM": _padded(head_dim)}
     loop = {"BLOCK_SIZE": block_size, "HAS_SINKS": sink_query is not None, **kind}
-    merging = {"STEP": _merge_step(group, head_dim), "ROWS": triton.next_power_of_2(group)}
+    merging = {"STEP": 1 if plan.fixed else _merge_step(group, head_dim), "ROWS": triton.next_power_of_2(group)}
     if len(work.wide):
         wide = plan.tuning.many if work.rows > plan.tuning.wide.rows else plan.tuning.wide
         # Beside decoding, on a stream of its own: the one is bound by products, the other by memory.
         with _beside(plan.side if len(work.decode) else None):
             wide_kernel[num_kv_heads, len(work.wide)](
                 out, query, scorer, kv, kv_scales, plan.tables, work.wide, work.tokens, plan.positions,
-                plan.parts, plan.states, *numbers, **shape, **loop, ROWS=work.rows, TILE=wide.tile,
+                plan.parts, plan.states, *numbers, **shape, **loop, ROWS=work.rows, TILE=wide.tile, FIXED=plan.fixed,
                 num_warps=wide.num_warps, num_stages=wide.num_stages,
             )  # fmt: skip
     if len(work.decode):

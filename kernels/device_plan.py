@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from kernels.configs import Processor, Tuning, tuning
+from kernels.fixed_work_list import fixed_work_list
 from kernels.quantize import KV, StoredKV
 from kernels.step import Ints, checked_step
 from kernels.work_list import WorkList, work_list
@@ -47,6 +48,7 @@ class DevicePlan:
     counters: torch.Tensor  # [num_tokens, num_kv_heads], zero between launches
     side: torch.cuda.Stream | None  # what may run beside the rest of a layer's attention runs here
     tuning: Tuning
+    fixed: bool = False  # whether a row takes the same steps in any step
 
 
 def plan_attention(
@@ -59,14 +61,16 @@ def plan_attention(
     windows: Sequence[int | None] = (None,),
     sinks: Mapping[int, int] | None = None,
     tuned: Tuning | None = None,
+    deterministic: bool = False,
 ) -> DevicePlan:
     """As `kernels.plan_attention`; `tuned` stands in for the table of configurations."""
     step = checked_step(kv_cache, query_lens, context_lens, block_tables)
     tuned = tuned or device_tuning(kv_cache)
     sinks = sinks or {}
     slots = step.slots()
+    planned = fixed_work_list if deterministic else work_list
     lists = {
-        window: work_list(step, num_heads, window, 0 if window is None else sinks.get(window, 0), tuned)
+        window: planned(step, num_heads, window, 0 if window is None else sinks.get(window, 0), tuned)
         for window in dict.fromkeys(windows)
     }
     longest = int(step.context_lens.max(initial=0))
@@ -88,6 +92,7 @@ def plan_attention(
         counters=torch.zeros((step.num_tokens, step.num_kv_heads), dtype=torch.int32, device=step.device),
         side=side_stream(step.device),
         tuning=tuned,
+        fixed=deterministic,
     )
 
 

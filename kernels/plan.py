@@ -110,12 +110,12 @@ def plan_attention(
 ) -> AttentionPlan:
     """As `kernels.plan_attention`; blocks that sequences share are gathered for each."""
     step = checked_step(kv_cache, query_lens, context_lens, block_tables)
-    slot_rows = step.tensor(_slot_rows(step))
+    rows = step.tensor(slot_rows(step))
     work, sink_work = _work(step, windows, sinks or {})
     parts = [part for of in sink_work.values() for part in (of.window, of.sinks)]
     most = max(of.largest_gather for of in (*work.values(), *parts))
     workspace = torch.empty(most * step.block_size * step.head_dim, dtype=step.dtype, device=step.device)
-    return AttentionPlan(step.num_tokens, slot_rows, work, sink_work, workspace)
+    return AttentionPlan(step.num_tokens, rows, work, sink_work, workspace)
 
 
 def _work(
@@ -135,11 +135,12 @@ def _work(
     return work, sink_work
 
 
-def _slot_rows(step: Step) -> Ints:
+def slot_rows(step: Step) -> Ints:
+    """Where each head's key and value are written: [num_tokens * 2 * num_kv_heads]."""
     slots = step.slots()
     head_row = (slots // step.block_size * step.heads)[:, None] + step.kv_rows.reshape(1, -1)
-    slot_rows: Ints = head_row * step.block_size + (slots % step.block_size)[:, None]
-    return slot_rows.reshape(-1)
+    rows: Ints = head_row * step.block_size + (slots % step.block_size)[:, None]
+    return rows.reshape(-1)
 
 
 def _window_work(step: Step, members: Ints, window: int | None) -> WindowWork:

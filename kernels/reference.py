@@ -90,13 +90,13 @@ def _attend(
     num_kv_heads = layer_kv.shape[2]
     group = query.shape[1] // num_kv_heads
     for decode in work.decode:
-        keys, values = _gathered(layer_kv, decode.gather, plan.workspace)
+        keys, values = gathered(layer_kv, decode.gather, plan.workspace)
         # The heads of a group share their keys, so they are the query rows of one small matmul.
         rows = query[decode.tokens].view(decode.gather.num_rows, num_kv_heads, group, -1)
         result = F.scaled_dot_product_attention(rows, keys, values, attn_mask=decode.mask, scale=scale)
         out[decode.tokens] = result.reshape(decode.gather.num_rows, query.shape[1], -1)
     for chunk in work.prefill:
-        keys, values = _gathered(layer_kv, chunk.gather, plan.workspace)
+        keys, values = gathered(layer_kv, chunk.gather, plan.workspace)
         for tile in chunk.tiles:
             # [num_kv_heads, group, rows, head_dim] against one key head for each group, repeated by stride 0.
             part = query[tile.tokens]
@@ -122,13 +122,13 @@ def _attend_in_part(
     num_kv_heads = layer_kv.shape[2]
     group = query.shape[1] // num_kv_heads
     for decode in work.decode:
-        keys, values = _gathered(layer_kv, decode.gather, plan.workspace)
+        keys, values = gathered(layer_kv, decode.gather, plan.workspace)
         rows = query[decode.tokens].view(decode.gather.num_rows, num_kv_heads, group, -1)
         result, state = _softmax_part(rows, keys, values, decode.mask, scale)
         out[decode.tokens] = result.flatten(1, 2)
         states[decode.tokens] = state.flatten(1, 2)
     for chunk in work.prefill:
-        keys, values = _gathered(layer_kv, chunk.gather, plan.workspace)
+        keys, values = gathered(layer_kv, chunk.gather, plan.workspace)
         for tile in chunk.tiles:
             part = query[tile.tokens]
             rows = part.view(part.shape[0], num_kv_heads, group, -1).permute(1, 2, 0, 3)
@@ -212,10 +212,12 @@ def rotary_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """As `kernels.silu_mul`."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    # torch's own silu rounds the last elements of a run in another way than those before them.
+    wide = gate.float()
+    return wide.div(wide.neg().exp_().add_(1)).to(gate.dtype).mul_(up)
 
 
-def _gathered(layer_kv: KV, gather: Gather, workspace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def gathered(layer_kv: KV, gather: Gather, workspace: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values, each [num_rows, num_kv_heads, length, head_dim], zero where dead; valid until the next call."""
     _, _, num_kv_heads, block_size, head_dim = layer_kv.shape
     width = block_size * head_dim

@@ -44,14 +44,14 @@ class WorkList:
 
 def work_list(step: Step, num_heads: int, window: int | None, sinks: int, tuning: Tuning) -> WorkList:
     """Plan layers with this window. Raises ValueError where a table has a hole that is read."""
-    _check_holes(step, window, sinks)
+    check_holes(step, window, sinks)
     group = num_heads // step.num_kv_heads
     members = np.flatnonzero(step.query_lens == 1)
     nodes = _nodes(step, members, num_heads, tuning) if window is None and tuning.share is not False else []
     if not nodes and len(members) == len(step.query_lens):
         return _decode_only(_decode_pieces(step, members, np.zeros_like(members), (window, sinks), tuning))
     rows = _rows(step, nodes, group, tuning)
-    prompts = [_prompt(step, int(i), window, sinks, rows // group) for i in np.flatnonzero(step.query_lens > 1)]
+    prompts = [tiles_of(step, int(i), window, sinks, rows // group) for i in np.flatnonzero(step.query_lens > 1)]
     spans, tokens = _with_nodes(step, prompts, nodes, members, rows // group)
     covered = _covered(step, nodes, members)
     beside = int((step.context_lens[members] - np.maximum(covered, step.seen(window).first[members])).sum())
@@ -61,7 +61,8 @@ def work_list(step: Step, num_heads: int, window: int | None, sinks: int, tuning
     return _assembled(step, decode, (wide, tokens, rows), (wide_tokens, wide_slots))
 
 
-def _check_holes(step: Step, window: int | None, sinks: int) -> None:
+def check_holes(step: Step, window: int | None, sinks: int) -> None:
+    """Raises ValueError where a table has a hole that is read."""
     holes, seen = step.block_tables < 0, step.seen(window)
     if not holes.any():
         return
@@ -93,7 +94,7 @@ def _rows(step: Step, nodes: list[Node], group: int, tuning: Tuning) -> int:
     return int(max(tuning.many.rows if enough else tuning.wide.rows, 1 << (group - 1).bit_length()))
 
 
-def _prompt(step: Step, sequence: int, window: int | None, sinks: int, tile_tokens: int) -> Ints:
+def tiles_of(step: Step, sequence: int, window: int | None, sinks: int, tile_tokens: int) -> Ints:
     """What the queries of a sequence that computes several tokens see, a tile of them at a time: wide items."""
     count = int(step.query_lens[sequence])
     begin = np.arange(0, count, tile_tokens)
@@ -153,7 +154,7 @@ def _wide_pieces(spans: Ints, beside: int, num_kv_heads: int, tuning: Tuning) ->
     most = _cuts(len(spans) * num_kv_heads, float(length.mean()), beside * num_kv_heads, tuning)
     spans[:, FULL] = spans[:, START] + (spans[:, FULL] - spans[:, START]) // tile * tile
     size = _even(length, np.clip(-(-length // tuning.wide.shortest), 1, most), tile)
-    owner, number = _expanded(-(-length // size))
+    owner, number = expanded(-(-length // size))
     pieces = spans[owner]
     pieces[:, START] += number * size[owner]
     pieces[:, END] = np.minimum(pieces[:, START] + size[owner], pieces[:, END])
@@ -183,7 +184,7 @@ def _cuts(programs: int, length: float, beside: int, tuning: Tuning) -> int:
 def _filled(wide: Ints, tokens: Ints) -> tuple[Ints, Ints]:
     """The tokens of wide items that leave parts, and the slots they fill."""
     partial = wide[wide[:, SLOT] >= 0]
-    owner, number = _expanded(partial[:, COUNT])
+    owner, number = expanded(partial[:, COUNT])
     return tokens[partial[owner, FIRST] + number], partial[owner, SLOT] + number
 
 
@@ -210,7 +211,7 @@ def _decode_pieces(
         start, end = np.concatenate((start, np.zeros_like(longer))), np.concatenate((end, far[longer]))
     length = end - start
     size = _even(length, -(-length // _decode_size(length, step.num_kv_heads, tuning)), tuning.decode.tile)
-    span, number = _expanded(-(-length // size))
+    span, number = expanded(-(-length // size))
     pieces = np.zeros((len(span), 8), dtype=np.int64)
     pieces[:, 0] = step.query_starts[members][owner[span]]
     pieces[:, 1] = members[owner[span]]
@@ -287,7 +288,7 @@ def _even(length: Ints, pieces: Ints, tile: int) -> Ints:
     return np.maximum(size, tile)
 
 
-def _expanded(counts: Ints) -> tuple[Ints, Ints]:
+def expanded(counts: Ints) -> tuple[Ints, Ints]:
     """For `counts[i]` things of each owner i: the owner of each thing, and its number among the owner's."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]

@@ -83,6 +83,9 @@ class WorkerSettings(FleetSettings):
     window: int = option(0, "attend to so many last positions only, at constant memory; 0 is the model's own attention")
     sinks: int = option(0, "with --window: attend to so many first positions too")
     eviction: str = option("slru", "which cached KV block goes first", choices=("slru", "lru", "fifo"))
+    deterministic: str = option(
+        "off", "equal tokens in any batch, chunk and state of the cache, at a price in speed", choices=("on", "off")
+    )
     prefix_cache: str = option("on", "reuse KV of shared prefixes", choices=("on", "off"))
     max_batch_tokens: int = option(512, "token budget of one step")
     max_sequences: int = option(64, "most sequences that run at once")

@@ -20,8 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.configs import SamplingConfig, tuning
-from kernels.jit.decode import decode_kernel
+from kernels.configs import PRODUCT, SamplingConfig, tuning
+from kernels.jit.decode import decode_kernel, merge_kernel
+from kernels.jit.linear import linear_kernel
 from kernels.jit.rows import norm_kernel, write_kernel
 from kernels.jit.sampling import ban_kernel, sample_kernel
 from kernels.jit.wide import wide_kernel
@@ -35,7 +36,7 @@ READ = {"same": "*bf16", "int8": "*i8", "fp8": "*fp8e4nv", "int4": "*u8"}
 WRITTEN = READ | {"fp8": "*u8"}
 LARGEST = {"same": 0.0, "int8": 127.0, "fp8": 448.0, "int4": 7.0}
 ROW_BYTES = {"same": 128, "int8": 130, "fp8": 130, "int4": 66}  # of a token, scale included; elements of "same"
-NUMBERS = {"tables", "items", "part_slots", "counters", "tokens", "positions", "slots", "list_ids"}
+NUMBERS = {"tables", "items", "part_slots", "counters", "tokens", "positions", "slots", "list_ids", "merges"}
 
 
 def variants(kind: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
@@ -44,6 +45,7 @@ def variants(kind: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]
     row |= {"ROTATE": True, "LARGEST": LARGEST[kind], **layout(kind)}
     made = attentions(kind) | {"write": (write_kernel, row, {"num_warps": 2})}
     if kind == "same":
+        made |= products()
         made["norm"] = (norm_kernel, {"SIZE": 4096, "WIDTH": 4096, "ADD": True}, {"num_warps": 8})
         made |= sampling()
     return made
@@ -56,6 +58,20 @@ def sampling() -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]]]:
     return {
         "sample": (sample_kernel, sizes, {"num_warps": config.num_warps, "enable_fp_fusion": False}),
         "ban": (ban_kernel, {"SIZE": 128}, {}),
+    }
+
+
+def products() -> dict[str, tuple[Any, dict[str, Any], dict[str, int]]]:
+    """Deterministic mode's own."""
+    tile = {"ROWS": PRODUCT.rows, "OUTPUTS": PRODUCT.outputs, "INPUTS": PRODUCT.inputs}
+    merging = {"NUM_KV_HEADS": 8, "GROUP": 4, "ROWS": 4, "HEAD_DIM": 128, "DIM": 128, "STEP": 1}
+    return {
+        "linear": (
+            linear_kernel,
+            tile | {"EVEN": True, "HAS_BIAS": False},
+            {"num_warps": PRODUCT.num_warps, "num_stages": PRODUCT.num_stages},
+        ),
+        "merge, fixed": (merge_kernel, merging, {}),
     }
 
 
@@ -76,14 +92,19 @@ def attentions(kind: str) -> dict[str, tuple[Any, dict[str, Any], dict[str, Any]
         ),
         "wide": (
             wide_kernel,
-            heads | {"ROWS": wide.rows, "TILE": wide.tile},
+            heads | {"ROWS": wide.rows, "TILE": wide.tile, "FIXED": False},
+            {"num_warps": wide.num_warps, "num_stages": wide.num_stages},
+        ),
+        "wide, fixed": (
+            wide_kernel,
+            heads | {"ROWS": wide.rows, "TILE": wide.tile, "FIXED": True},
             {"num_warps": wide.num_warps, "num_stages": wide.num_stages},
         ),
     }
     if many != wide:
         made["wide, many"] = (
             wide_kernel,
-            heads | {"ROWS": many.rows, "TILE": many.tile},
+            heads | {"ROWS": many.rows, "TILE": many.tile, "FIXED": False},
             {"num_warps": many.num_warps, "num_stages": many.num_stages},
         )
     return made
@@ -96,7 +117,7 @@ def build(kernel: Any, constants: dict[str, Any], options: dict[str, Any]) -> di
         signature[name] = "constexpr" if name in constants else _kind(name)
         if name == "layer_kv":
             signature[name] = (WRITTEN if kernel is write_kernel else READ)[constants["KIND"]]
-        if name not in constants and signature[name] != "fp32" and name != "table_stride":
+        if name not in constants and signature[name] != "fp32" and name not in ("table_stride", "num_rows"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -111,7 +132,7 @@ def build(kernel: Any, constants: dict[str, Any], options: dict[str, Any]) -> di
 def _kind(name: str) -> str:
     if name in ("scale", "eps"):
         return "fp32"
-    if name.endswith("stride") or name in ("vocab", "count"):
+    if name.endswith("stride") or name in ("vocab", "count") or name.startswith("num_"):
         return "i32"
     return "*fp32" if name in FLOATS else "*i64" if name in LONGS else "*i32" if name in NUMBERS else "*bf16"
 

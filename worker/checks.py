@@ -25,6 +25,8 @@ def check_settings(settings: WorkerSettings) -> None:
     if settings.sinks and not settings.window:
         raise ConfigError("sinks are kept beside a window: --sinks needs --window")
     check_kv(settings)
+    if settings.deterministic == "on" and settings.cpu_kv_dtype != "same":
+        raise ConfigError("--cpu-kv-dtype int8 changes what comes back from the CPU: not beside --deterministic on")
     room = settings.device_blocks * settings.block_size
     if 0 < room < settings.max_model_len and not settings.window:
         raise ConfigError(f"--max-model-len {settings.max_model_len} is over the {room} positions of --device-blocks")

@@ -11,6 +11,7 @@ import os
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +52,14 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
     check_kv(settings)
     if device.type == "cuda" and settings.kv_dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError("--kv-dtype fp8 needs a device of compute capability 8.9 or later")
+    deterministic = settings.deterministic == "on"
     folder = resolve_model(settings.model)
     config = _config(settings, folder)
     threads = settings.threads or _worthwhile_threads(folder, available=_cores())
     if device.type == "cpu":
         torch.set_num_threads(threads)
     with torch.inference_mode(), Checkpoint(folder, device=device, dtype=dtype) as checkpoint:
-        decoder = load_decoder(config, checkpoint)
+        decoder = load_decoder(config, checkpoint, partial(kernels.pack, deterministic=deterministic))
     cache = _allocate(settings, config, dtype, device)
     if decoder.stack is not None and isinstance(cache.whole, torch.Tensor):
         kernels.set_num_threads(threads)
@@ -77,10 +79,10 @@ def load_model_runner(settings: WorkerSettings) -> ModelRunner:
     if settings.cpu_blocks:
         mover = CpuTier(cache.blocks, settings.cpu_blocks, cpu_dtype=settings.cpu_kv_dtype, payload=cache.payload)
     log.info("loaded %s on %s with %d KV blocks of %s", config.architecture, device, cache.num_blocks, cache.payload)
-    runner = ModelRunner(decoder, cache, spec, mover)
+    runner = ModelRunner(decoder, cache, spec, mover, deterministic=deterministic)
     if device.type == "cuda":
         _warm_up(runner)
-        if settings.cuda_graphs == "auto":
+        if settings.cuda_graphs == "auto" and not deterministic:  # their plans are of another order
             runner.graphs = record(decoder, cache, settings.max_sequences)
     return runner
 
@@ -99,7 +101,13 @@ class ModelRunner:
     """Executes batches one after the other on one device, from one thread."""
 
     def __init__(
-        self, decoder: Decoder, cache: kv_cache.KVCache, spec: ModelSpec, mover: CpuTier | None = None
+        self,
+        decoder: Decoder,
+        cache: kv_cache.KVCache,
+        spec: ModelSpec,
+        mover: CpuTier | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
         self.spec = spec
         self.mover = mover
@@ -107,6 +115,7 @@ class ModelRunner:
         self._decoder: Decoder | None = decoder
         self._cache: kv_cache.KVCache | None = cache
         self._device = cache.blocks.device
+        self._deterministic = deterministic
         config = decoder.config
         self._windows = tuple(dict.fromkeys(config.windows))
         self._sinks = {} if config.sink_window is None else {config.sink_window: config.sinks}
@@ -224,6 +233,7 @@ class ModelRunner:
             num_heads=self.decoder.config.num_heads,
             windows=self._windows,
             sinks=self._sinks,
+            deterministic=self._deterministic,
         )
 
     def _copy(self, cache: kv_cache.KVCache, copies: Sequence[BlockCopy]) -> None:
@@ -291,8 +301,11 @@ def _allocate(
 
 
 def _kv_name(settings: WorkerSettings, dtype: torch.dtype) -> str:
-    """What tells KV from other KV of the same model: in fewer bits it depends on what it was computed in, too."""
+    """What tells KV from other KV of the same model: in fewer bits it depends on what it was computed in, too. In
+    deterministic mode none is taken that was computed without."""
     computed = str(dtype).removeprefix("torch.")
+    if settings.deterministic == "on":
+        computed += " in fixed order"
     return computed if kv_cache.kv_format(settings.kv_dtype, dtype) is None else f"{settings.kv_dtype} of {computed}"
 
 

@@ -1,7 +1,7 @@
-"""`python -m bench.engine make|alone|overlap|profile|workload|facts`: checkpoints, the engine's figures, and peers.
+"""`python -m bench.engine make|alone|overlap|deterministic|profile|workload|facts`: checkpoints, the engine, and peers.
 
-`alone`, `overlap`, `profile` and `facts` need neither Ray nor Redis. `workload` starts Redis, a router and a worker
-as processes for our own row; where there is no Redis, it says so and ends with code 2.
+All but `workload` need neither Ray nor Redis. `workload` starts Redis, a router and a worker as processes for our own
+row; where there is no Redis, it says so and ends with code 2.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from bench.engine import facts, facts_page
 from bench.engine.alone import BATCHES, measure_alone
 from bench.engine.checkpoints import SHAPES, checkpoint
+from bench.engine.deterministic import measure_cost
 from bench.engine.machine import Machine, measure_machine, processor
 from bench.engine.overlap import measure_overlap
 from bench.engine.profile import PARTS, Profile, measure_profile
@@ -103,6 +104,14 @@ def _overlap(arguments: argparse.Namespace) -> dict[str, Any]:
     head = ["batch", "us a step in lockstep", "overlapped", "of them the host's", "hidden", "tokens/s", "first token"]
     print(markdown(head, body))
     return {"model": settings.model, "figures": [asdict(one) for one in found]}
+
+
+def _deterministic(arguments: argparse.Namespace) -> dict[str, Any]:
+    found = measure_cost(_worker(arguments), prefill_tokens=arguments.prefill, rounds=arguments.rounds)
+    body = [[cost.work, number(cost.off, 1), number(cost.on, 1), f"{cost.ratio:.2f}"] for cost in found]
+    print(markdown(["tokens/s", "off", "on", "on / off"], body))
+    print(f"the fastest of {arguments.rounds} rounds each, in turns, load average {os.getloadavg()[0]:.1f}")
+    return {"model": arguments.model, "dtype": arguments.dtype, "costs": [asdict(cost) for cost in found]}
 
 
 def _workload(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -255,6 +264,10 @@ def _parser() -> argparse.ArgumentParser:
     profile = commands.add_parser("profile", help="where the time of a step goes, on the CPU")
     profile.add_argument("--scenario", type=Path, default=SCENARIO, help="whose mixed steps")
     profile.set_defaults(run=_profile)
+    cost = commands.add_parser("deterministic", help="what deterministic mode costs, measured in turns")
+    cost.add_argument("--rounds", type=int, default=5)
+    cost.add_argument("--prefill", type=int, default=1024, help="tokens of the prompt")
+    cost.set_defaults(run=_deterministic)
     workload = commands.add_parser("workload", help="the multi-tenant workload, ours and the peers that are there")
     workload.add_argument("--scenario", type=Path, default=SCENARIO)
     workload.add_argument("--rounds", type=int, default=3)
@@ -273,7 +286,7 @@ def _parser() -> argparse.ArgumentParser:
     figures.add_argument("--trace-block-size", type=int, default=512, help="tokens of a hash id in the traces")
     figures.add_argument("--plots", type=Path, help="folder to write plots to")
     figures.set_defaults(run=_facts)
-    for one in (alone, overlap, profile, workload, figures):
+    for one in (alone, overlap, cost, profile, workload, figures):
         _model_options(one)
     return parser
 

@@ -35,11 +35,18 @@ def attend(
     TILE: tl.constexpr,
     MASKED: tl.constexpr,
     KIND: tl.constexpr,
+    FIXED: tl.constexpr,
 ):
-    """Take positions [start, end) into the state; a row sees those from `far` to `near` positions before its own."""
+    """Take positions [start, end) into the state; a row sees those from `far` to `near` positions before its own. With
+    FIXED tiles begin at multiples of their size."""
+    lowest = start
+    if FIXED:
+        start = start // TILE * TILE
     for position in range(start, end, TILE):
         positions = position + tl.arange(0, TILE)
         live = positions < end
+        if FIXED:
+            live = live & (positions >= lowest)
         if MASKED:
             blocks = tl.load(table + positions // BLOCK_SIZE, mask=live, other=0)
         else:
@@ -93,6 +100,7 @@ def wide_kernel(
     HAS_SINKS: tl.constexpr,
     HEAD_ROW: tl.constexpr,  # from one head to the next within a block
     KIND: tl.constexpr,
+    FIXED: tl.constexpr,  # all keys are masked ones, so that each row takes the same steps in any tile
 ):
     head = tl.program_id(0)
     item = items + tl.program_id(1) * 12
@@ -119,13 +127,15 @@ def wide_kernel(
     rows_of = rows_of.to(MATH)
     keys_of, key_scales_of, values_of, value_scales_of = head_addresses(layer_kv, scales, head, NUM_KV_HEADS, HEAD_ROW)
     accumulator, total, largest = nothing_seen(ROWS, DIM)
+    if not FIXED:
+        accumulator, total, largest = attend(
+            rows_of, row_positions, keys_of, values_of, key_scales_of, value_scales_of, table, block_stride, scale,
+            accumulator, total, largest, start, full_end, far, near,
+            HEAD_DIM, DIM, BLOCK_SIZE, TILE, False, KIND, False,
+        )  # fmt: skip
     accumulator, total, largest = attend(
         rows_of, row_positions, keys_of, values_of, key_scales_of, value_scales_of, table, block_stride, scale,
-        accumulator, total, largest, start, full_end, far, near, HEAD_DIM, DIM, BLOCK_SIZE, TILE, False, KIND,
-    )  # fmt: skip
-    accumulator, total, largest = attend(
-        rows_of, row_positions, keys_of, values_of, key_scales_of, value_scales_of, table, block_stride, scale,
-        accumulator, total, largest, full_end, end, far, near, HEAD_DIM, DIM, BLOCK_SIZE, TILE, True, KIND,
+        accumulator, total, largest, full_end, end, far, near, HEAD_DIM, DIM, BLOCK_SIZE, TILE, True, KIND, FIXED,
     )  # fmt: skip
     result, state = finished(accumulator, total, largest)
     if slot < 0:

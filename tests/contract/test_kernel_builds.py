@@ -16,8 +16,8 @@ import pytest
 
 SHARED_BYTES = 227 * 1024
 KEPT = ("int8", "fp8", "int4")
-BUILDS = (*((name, kind) for name in ("decode", "wide", "write") for kind in ("same", *KEPT)),)
-PLAIN = (("wide, many", "same"), ("norm", "same"), ("sample", "same"), ("ban", "same"))
+BUILDS = (*((name, kind) for name in ("decode", "wide", "wide, fixed", "write") for kind in ("same", *KEPT)),)
+PLAIN = (*((name, "same") for name in ("wide, many", "norm", "sample", "ban", "linear", "merge, fixed")),)
 
 
 @cache
@@ -54,14 +54,17 @@ def test_shared_memory_is_enough(name: str, kind: str) -> None:
     assert builds(kind)[name]["shared"] <= SHARED_BYTES
 
 
-@pytest.mark.parametrize(("name", "kind"), [*(("wide", kind) for kind in ("same", *KEPT)), PLAIN[0]])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, kind) for name in ("wide", "wide, fixed") for kind in ("same", *KEPT)), PLAIN[0], PLAIN[2]],
+)
 def test_products_of_many_rows_run_on_warp_groups(name: str, kind: str) -> None:
     build = builds(kind)[name]
     assert count(build, "HGMMA") > 0
     assert count(build, "HMMA") == 0
 
 
-@pytest.mark.parametrize("name", ["decode", "wide", "wide, many"])
+@pytest.mark.parametrize("name", ["decode", "wide", "wide, fixed", "wide, many"])
 def test_keys_and_values_are_copied_past_the_registers(name: str) -> None:
     build = builds("same")[name]
     wide, every = count(build, "LDGSTS", "128"), count(build, "LDGSTS")
@@ -69,8 +72,14 @@ def test_keys_and_values_are_copied_past_the_registers(name: str) -> None:
     assert every - wide <= 8  # block numbers
 
 
+def test_both_sides_of_a_product_are_copied_past_the_registers() -> None:
+    build = builds("same")["linear"]
+    assert count(build, "LDGSTS", "128") >= 8
+    assert count(build, "LDGSTS") == count(build, "LDGSTS", "128")
+
+
 @pytest.mark.parametrize("kind", KEPT)
-@pytest.mark.parametrize("name", ["decode", "wide"])
+@pytest.mark.parametrize("name", ["decode", "wide", "wide, fixed"])
 def test_fewer_bits_are_copied_past_the_registers_too(name: str, kind: str) -> None:
     build = builds(kind)[name]
     copies = [count(build, "LDGSTS", width) for width in ("64", "128")]

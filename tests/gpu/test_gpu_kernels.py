@@ -178,3 +178,41 @@ def test_draws_are_those_of_the_cpu(vocab: int) -> None:
         problem = make_sampling_problem(SamplingCase("real", vocab, spread=spread, count=4))
         expected = reference.sample(problem.logits.clone(), problem.draws())
         assert torch.equal(device.sample(problem.logits.cuda(), problem.draws("cuda")).cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("case", REAL, ids=str)
+def test_fixed_order(case: Case, dtype: torch.dtype) -> None:
+    """Deterministic mode: right, and for the last tokens of each sequence to the last bit what they are alone."""
+    check(case, dtype, deterministic=True)
+    problem = make_problem(case, dtype, "cuda")
+    together = problem.run(device, deterministic=True)
+    end = 0
+    for index, count in enumerate(case.query_lens):
+        end += count
+        for last in {1, min(count, 33)}:
+            rows = slice(end - last, end)
+            alone = replace(
+                problem,
+                case=replace(case, query_lens=(last,), context_lens=case.context_lens[index : index + 1]),
+                block_tables=problem.block_tables[index : index + 1],
+                query=problem.query[rows],
+                sink_query=problem.sink_query[rows],
+                key_value=problem.key_value[rows],
+            )
+            assert torch.equal(alone.run(device, deterministic=True), together[rows])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(4096, 6144), (1000, 333), (14336, 4096)])
+def test_a_row_of_a_fixed_product(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(inputs)
+    x, weight = (
+        torch.randn(*shape, generator=generator).cuda().to(dtype) for shape in ((700, inputs), (outputs, inputs))
+    )
+    together = device.linear(x, weight, None)
+    expected = (x.double() @ weight.double().T).float()
+    error = (together.float() - expected).norm() / expected.norm()
+    assert error < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    for rows in (slice(0, 1), slice(63, 65), slice(300, 316), slice(1, 700)):
+        assert torch.equal(device.linear(x[rows], weight, None), together[rows])

@@ -138,3 +138,17 @@ def test_graphs_may_be_off() -> None:
     runner = load(MODEL, device="cuda", dtype="bfloat16", cuda_graphs="off")
     assert runner.graphs is None
     runner.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_deterministic_mode(dtype: str) -> None:
+    runner = load(MODEL, device="cuda", dtype=dtype, deterministic="on")
+    driver = Driver(runner)
+    whole = driver.logits(driver.start(tokens(90, seed=1)))
+    assert torch.equal(driver.logits(driver.start(tokens(90, seed=1)), chunk=37), whole)
+    assert torch.equal(driver.logits(driver.start(tokens(90, seed=1)), chunk=1), whole)
+    alone = driver.start(tokens(40, seed=3))
+    driver.generate([alone], 24)
+    batch = [driver.start(tokens(length, seed=3 + (length != 40))) for length in (12, 40, 77)]
+    assert driver.generate(batch, 24)[1] == alone.tokens[40:]
+    runner.close()

@@ -92,7 +92,8 @@ class Client:
                 self.pongs.append(message.pong.nonce)
 
     def take_output(self, output: pb.SequenceOutput) -> None:
-        assert output.sequence not in self.ends, "an output after the end"
+        ended = self.ends.get(output.sequence)
+        assert ended is None or ended.attempt != output.attempt, "an output after the end"
         tokens = self.tokens.setdefault(output.sequence, [])
         if tokens:
             assert not output.HasField("admission")

@@ -12,7 +12,7 @@ from worker.layers.linear import Linear
 
 @dataclass(frozen=True, slots=True)
 class GatedMlp:
-    """`down(silu(gate(x)) * up(x))` with gate and up in one matrix, of `kernels.pack_gated`."""
+    """`down(silu(gate(x)) * up(x))` with gate and up in one matrix, packed `gated`."""
 
     gate_up: Linear
     down: Linear

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from worker.layers.mlp import GatedMlp
 from worker.layers.rotary import Angles, RotaryEmbedding
 from worker.models.config import ModelConfig
 from worker.weights import Checkpoint
+
+Pack = Callable[..., kernels.Weight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +119,16 @@ class Decoder:
         return self.head(hidden).float()
 
 
-def load_decoder(config: ModelConfig, checkpoint: Checkpoint) -> Decoder:
-    """Read every weight. Raises `ConfigError` on a missing, misshaped or left-over tensor."""
+def load_decoder(config: ModelConfig, checkpoint: Checkpoint, pack: Pack = kernels.pack) -> Decoder:
+    """Read every weight, each matrix as `pack` makes it. Raises `ConfigError` on a missing, misshaped or left-over
+    tensor."""
     embedding = checkpoint.read(["model.embed_tokens.weight"], [(config.vocab_size, config.hidden_size)])
-    layers = tuple(_layer(config, checkpoint, index) for index in range(config.num_layers))
+    layers = tuple(_layer(config, checkpoint, index, pack) for index in range(config.num_layers))
     if config.tied_head:
         checkpoint.ignore("lm_head.weight")
-        head = Linear(kernels.pack(embedding))
+        head = Linear(pack(embedding))
     else:
-        head = Linear(kernels.pack(checkpoint.read(["lm_head.weight"], [(config.vocab_size, config.hidden_size)])))
+        head = Linear(pack(checkpoint.read(["lm_head.weight"], [(config.vocab_size, config.hidden_size)])))
     norm = _vector(checkpoint, "model.norm.weight", config.hidden_size)
     checkpoint.finish()
     rotary = RotaryEmbedding(
@@ -144,25 +148,27 @@ def load_decoder(config: ModelConfig, checkpoint: Checkpoint) -> Decoder:
     return Decoder(config, embedding, layers, norm, head, rotary, stack)
 
 
-def _layer(config: ModelConfig, checkpoint: Checkpoint, index: int) -> DecoderLayer:
+def _layer(config: ModelConfig, checkpoint: Checkpoint, index: int, pack: Pack) -> DecoderLayer:
     prefix = f"model.layers.{index}."
     # Older Llama checkpoints store the rope frequencies, which follow from the configuration.
     checkpoint.ignore(prefix + "self_attn.rotary_emb.inv_freq")
     return DecoderLayer(
         attention_norm=_vector(checkpoint, prefix + "input_layernorm.weight", config.hidden_size),
-        attention=_attention(config, checkpoint, prefix + "self_attn.", config.windows[index]),
+        attention=_attention(config, checkpoint, prefix + "self_attn.", config.windows[index], pack),
         mlp_norm=_vector(checkpoint, prefix + "post_attention_layernorm.weight", config.hidden_size),
-        mlp=_mlp(config, checkpoint, prefix + "mlp."),
+        mlp=_mlp(config, checkpoint, prefix + "mlp.", pack),
         norm_eps=config.norm_eps,
     )
 
 
-def _attention(config: ModelConfig, checkpoint: Checkpoint, prefix: str, window: int | None) -> Attention:
+def _attention(config: ModelConfig, checkpoint: Checkpoint, prefix: str, window: int | None, pack: Pack) -> Attention:
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     parts = [(prefix + "q_proj", queries), (prefix + "k_proj", keys), (prefix + "v_proj", keys)]
     return Attention(
-        qkv=_linear(checkpoint, parts, config.hidden_size, bias=config.qkv_bias),
-        output=_linear(checkpoint, [(prefix + "o_proj", config.hidden_size)], queries, bias=config.output_bias),
+        qkv=_linear(checkpoint, parts, config.hidden_size, bias=config.qkv_bias, pack=pack),
+        output=_linear(
+            checkpoint, [(prefix + "o_proj", config.hidden_size)], queries, bias=config.output_bias, pack=pack
+        ),
         qk_norm=_qk_norm(config, checkpoint, prefix) if config.qk_norm else None,
         norm_eps=config.norm_eps,
         num_heads=config.num_heads,
@@ -179,23 +185,16 @@ def _qk_norm(config: ModelConfig, checkpoint: Checkpoint, prefix: str) -> torch.
     return torch.cat((query.expand(config.num_heads, -1), key.expand(config.num_kv_heads, -1)))
 
 
-def _mlp(config: ModelConfig, checkpoint: Checkpoint, prefix: str) -> GatedMlp:
+def _mlp(config: ModelConfig, checkpoint: Checkpoint, prefix: str, pack: Pack) -> GatedMlp:
     parts = [(prefix + "gate_proj", config.intermediate_size), (prefix + "up_proj", config.intermediate_size)]
     down = [(prefix + "down_proj", config.hidden_size)]
     return GatedMlp(
-        gate_up=_linear(checkpoint, parts, config.hidden_size, bias=config.mlp_bias, pack=kernels.pack_gated),
-        down=_linear(checkpoint, down, config.intermediate_size, bias=config.mlp_bias),
+        gate_up=_linear(checkpoint, parts, config.hidden_size, bias=config.mlp_bias, pack=partial(pack, gated=True)),
+        down=_linear(checkpoint, down, config.intermediate_size, bias=config.mlp_bias, pack=pack),
     )
 
 
-def _linear(
-    checkpoint: Checkpoint,
-    parts: Sequence[tuple[str, int]],
-    inputs: int,
-    *,
-    bias: bool,
-    pack: Callable[[torch.Tensor], kernels.Weight] = kernels.pack,
-) -> Linear:
+def _linear(checkpoint: Checkpoint, parts: Sequence[tuple[str, int]], inputs: int, *, bias: bool, pack: Pack) -> Linear:
     weight = checkpoint.read([f"{name}.weight" for name, _ in parts], [(outputs, inputs) for _, outputs in parts])
     if not bias:
         return Linear(pack(weight))

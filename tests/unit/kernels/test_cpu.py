@@ -60,7 +60,7 @@ def test_products_of_bfloat16(rows: int) -> None:
     expected = (x.double() @ weight.double().T).bfloat16()
     torch.testing.assert_close(kernels.linear(x, packed), expected, atol=0.02, rtol=0.02)
     gated = reference.silu_mul(x.double() @ weight.double().T).bfloat16()
-    torch.testing.assert_close(kernels.gated_linear(x, kernels.pack_gated(weight)), gated, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(kernels.gated_linear(x, kernels.pack(weight, gated=True)), gated, atol=0.02, rtol=0.02)
 
 
 def test_numbers_of_another_dtype_are_refused() -> None:
@@ -156,7 +156,7 @@ def test_gated_linear(rows: int, outputs: int) -> None:
     x, weight, bias = torch.randn(rows, 50), torch.randn(2 * outputs, 50), torch.randn(2 * outputs)
     for added in (None, bias):
         expected = reference.silu_mul(torch.nn.functional.linear(x.double(), weight.double(), _double(added))).float()
-        result = kernels.gated_linear(x, kernels.pack_gated(weight), added)
+        result = kernels.gated_linear(x, kernels.pack(weight, gated=True), added)
         torch.testing.assert_close(result, expected, atol=3e-5, rtol=3e-5)
 
 
@@ -168,7 +168,7 @@ def test_gates_far_out() -> None:
     gate = torch.linspace(-200, 200, 640)
     weight = torch.stack((gate, torch.zeros(640)), dim=1)
     weight = torch.cat((weight, torch.tensor([[0.0, 1.0]]).repeat(640, 1)))
-    gated = kernels.gated_linear(torch.ones(1, 2), kernels.pack_gated(weight))
+    gated = kernels.gated_linear(torch.ones(1, 2), kernels.pack(weight, gated=True))
     torch.testing.assert_close(gated, torch.nn.functional.silu(gate)[None])
 
 
