@@ -56,7 +56,11 @@ def test_shared_memory_is_enough(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [*((name, kind) for name in ("wide", "wide, fixed") for kind in ("same", *KEPT)), PLAIN[0], PLAIN[2]],
+    [
+        *((name, kind) for name in ("wide", "wide, fixed") for kind in ("same", *KEPT)),
+        ("wide, many", "same"),
+        ("linear", "same"),
+    ],
 )
 def test_products_of_many_rows_run_on_warp_groups(name: str, kind: str) -> None:
     build = builds(kind)[name]
