@@ -155,32 +155,42 @@ def gated_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = No
 
 
 def stack(
-    layers: Sequence[LayerWeights], norm: torch.Tensor, *, num_heads: int, head_dim: int, norm_eps: float
+    embedding: torch.Tensor,
+    layers: Sequence[LayerWeights],
+    norm: torch.Tensor,
+    frequencies: torch.Tensor,
+    *,
+    num_heads: int,
+    head_dim: int,
+    norm_eps: float,
 ) -> CpuStack | None:
-    """Packed layers, and the norm behind them, for `run_layers`; None where they go operation by operation."""
+    """`embedding[vocab_size, hidden_size]`, packed layers and the norm behind them, for `run_layers`; None where they
+    go operation by operation. `frequencies[head_dim / 2]`: radians per position of each rotary pair; angles are
+    computed in their dtype."""
     if norm.device.type != "cpu" or _cpu_operations() is not cpu:
         return None
-    return stack_of(layers, norm, num_heads=num_heads, head_dim=head_dim, norm_eps=norm_eps)
+    shape = {"num_heads": num_heads, "head_dim": head_dim}
+    return stack_of(embedding, layers, norm, frequencies, **shape, norm_eps=norm_eps)
 
 
 def run_layers(
     layers: CpuStack | None,
-    embedded: torch.Tensor,
-    angles: tuple[torch.Tensor, torch.Tensor],
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
     layers_kv: Sequence[KV],
     plan: AttentionPlan,
     *,
     last: LastRows | None = None,
 ) -> torch.Tensor | None:
-    """All layers over `embedded[num_tokens, hidden_size]` and the norm behind them, of all rows or of `last`: the same
-    shape, or `[n, hidden_size]`. `angles` are the cosine and sine of `rotary_`. The step's KV is written. None if this
-    step must go operation by operation."""
+    """All layers over `token_ids[num_tokens]` at `positions[num_tokens]` (both int64) and the norm behind them, of all
+    rows or of `last`: `[n, hidden_size]`. The step's KV is written. None if this step must go operation by operation.
+    Raises IndexError on an id that the embedding does not have."""
     if layers is None or not isinstance(plan, CpuPlan) or not layers.takes(layers_kv):
         return None
     if last is None:
-        return layers.run(embedded, angles, layers_kv, plan)
+        return layers.run(token_ids, positions, layers_kv, plan)
     assert last.plan is None or isinstance(last.plan, CpuPlan)
-    return layers.run(embedded, angles, layers_kv, plan, last=(last.rows, last.plan))
+    return layers.run(token_ids, positions, layers_kv, plan, last=(last.rows, last.plan))
 
 
 def plan_attention(

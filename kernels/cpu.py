@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from kernels import plan as host_plan
@@ -18,7 +19,7 @@ from kernels.cpu_plan import CpuPlan, make_plan
 from kernels.cpu_weights import PackedWeight, can_pack
 from kernels.quantize import KV
 from kernels.reference import copy_blocks, head_rms_norm_, merge_states, rotary_, silu_mul
-from kernels.step import Ints, checked_step
+from kernels.step import Ints
 
 __all__ = [
     "add_rms_norm",
@@ -59,7 +60,9 @@ def plan_attention(
         return reference.plan_attention(
             kv_cache, query_lens, context_lens, block_tables, num_heads=num_heads, windows=windows, sinks=sinks
         )
-    return make_plan(checked_step(kv_cache, query_lens, context_lens, block_tables), windows, num_heads=num_heads)
+    num_kv_heads, block_size, _ = kv_cache.shape[3:]
+    shape = {"block_size": block_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    return make_plan(query_lens, context_lens, block_tables, windows, **shape)
 
 
 def attention(
@@ -109,7 +112,7 @@ def write_kv(key_value: torch.Tensor, layer_kv: KV, plan: Plan) -> None:
         return reference.write_kv(key_value, layer_kv, plan)
     assert isinstance(layer_kv, torch.Tensor)
     size = layer_kv.shape[3]
-    block, offset = plan.slots // size, plan.slots % size
+    block, offset = map(torch.from_numpy, np.divmod(plan.slots, size))
     layer_kv.flatten(1, 2)[block, :, offset] = key_value
     return None
 
@@ -123,7 +126,7 @@ def rotary_write_kv(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, l
     shape = cache_shape(layer_kv, num_heads=heads.shape[1] - 2 * layer_kv.shape[2], scale=1.0)
     cos, sin = cos.contiguous(), sin.contiguous()
     angles = (cos.data_ptr(), sin.data_ptr())
-    rest = (plan.slots.data_ptr(), len(heads), ctypes.byref(shape), num_threads())
+    rest = (plan.slots.ctypes.data, len(heads), ctypes.byref(shape), num_threads())
     native().pando_rotary_write(heads.data_ptr(), *angles, layer_kv.data_ptr(), *rest)
     return None
 

@@ -1,4 +1,5 @@
-"""The native library's functions and structures, as ctypes calls them: `native/face.cpp`, `layers.h` and `ops.h`.
+"""The native library's functions and structures, as ctypes calls them: `face.cpp`, `plan.cpp`, `layers.h` and `ops.h`
+of `native`.
 
 Knows pointers, sizes and threads. Invariant: the fields here are those of the headers, in their order.
 """
@@ -55,6 +56,26 @@ class Teams(ctypes.Structure):
     ]
 
 
+class PlanOrder(ctypes.Structure):
+    """A step to be planned, and into how large parts."""
+
+    _fields_ = [
+        *((name, Pointer) for name in ("query_lens", "context_lens", "tables")),
+        *((name, Count) for name in ("num_seqs", "stride", "block_size")),
+        ("windows", Pointer),
+        *((name, Count) for name in ("num_windows", "most_tokens", "most_sequences", "num_kv_heads", "threads")),
+    ]
+
+
+class PlanAnswer(ctypes.Structure):
+    """Where a plan goes, and its counts."""
+
+    _fields_ = [
+        *((name, Pointer) for name in ("slots", "tables", "members", "teams")),
+        *((name, Count) for name in ("num_teams", "most_rows")),
+    ]
+
+
 class Layer(ctypes.Structure):
     """Weights of one decoder layer."""
 
@@ -70,10 +91,19 @@ class Layer(ctypes.Structure):
     ]
 
 
+class Frequencies(ctypes.Structure):
+    """Of rotary angles."""
+
+    _fields_ = [("of", Pointer), ("exact", Count)]
+
+
 class Stack(ctypes.Structure):
-    """Layers one after the other, and the norm behind them."""
+    """An embedding, layers one after the other, and the norm behind them."""
 
     _fields_ = [
+        ("embedding", Pointer),
+        ("vocab_size", Count),
+        ("frequencies", Frequencies),
         ("layers", ctypes.POINTER(Layer)),
         ("num_layers", Count),
         ("norm", Pointer),
@@ -89,7 +119,7 @@ class Tokens(ctypes.Structure):
 
     _fields_ = [
         ("rows", Count),
-        *((name, Pointer) for name in ("residual", "cos", "sin", "slots")),
+        *((name, Pointer) for name in ("token_ids", "positions", "slots")),
         ("teams", Teams),
         ("last", Pointer),
         ("num_last", Count),
@@ -115,8 +145,9 @@ def native() -> ctypes.CDLL:
         ("pando_norm", "pppp" + "iifi"),
         ("pando_rotary_write", "ppppp" + "ipi"),
         ("pando_attention", "pipppp" + "ii"),
+        ("pando_plan", "pp"),
         ("pando_layers", "pppp" + "ii"),
     ):
         getattr(found, name).argtypes = [kinds[kind] for kind in arguments]
-    found.pando_panel.restype = found.pando_has_bf16.restype = Count
+    found.pando_panel.restype = found.pando_has_bf16.restype = found.pando_plan.restype = Count
     return found

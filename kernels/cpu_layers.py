@@ -1,4 +1,4 @@
-"""A decoder's layers in one native call, from the embedded tokens to the last norm.
+"""A decoder but for its head in one native call, from token ids to the last norm.
 
 Knows weights, caches and plans. Invariant: it gives what the operations one by one give, within rounding; in bfloat16
 the residual stream stays float32 on the way.
@@ -14,7 +14,7 @@ from typing import TypeGuard
 import torch
 
 from kernels.cpu import cache_shape
-from kernels.cpu_calls import Layer, Stack, Teams, Tokens, native, num_threads
+from kernels.cpu_calls import Frequencies, Layer, Stack, Teams, Tokens, native, num_threads
 from kernels.cpu_plan import CpuPlan
 from kernels.cpu_weights import PackedWeight
 from kernels.fixed_order import FixedTiles
@@ -41,16 +41,28 @@ class CpuStack:
     """Layers of one model as native code takes them. The tensors it was made of must not change after."""
 
     def __init__(
-        self, layers: Sequence[LayerWeights], norm: torch.Tensor, *, num_heads: int, head_dim: int, norm_eps: float
+        self,
+        embedding: torch.Tensor,
+        layers: Sequence[LayerWeights],
+        norm: torch.Tensor,
+        frequencies: torch.Tensor,
+        *,
+        num_heads: int,
+        head_dim: int,
+        norm_eps: float,
     ) -> None:
         self._num_heads, self._head_dim = num_heads, head_dim
         self._dtype, self._norm = norm.dtype, norm.float()
-        self._kept: list[object] = [self._norm]
+        self._embedding, self._frequencies = embedding.contiguous(), frequencies.double()
+        exact = frequencies.dtype == torch.float64
+        self._rotary = Frequencies(self._frequencies.data_ptr(), exact)
+        self._kept: list[object] = []
         self._layers = (Layer * len(layers))(*(self._layer(layer) for layer in layers))
         down = layers[0].down[0]
         assert isinstance(down, PackedWeight)
         self._hidden_size, self._intermediate_size = down.outputs, down.inputs
         self._norm_eps = norm_eps
+        self._bound: tuple[Sequence[torch.Tensor], Stack, ctypes.Array[ctypes.c_void_p]] | None = None
         self.spent_ns: ctypes.Array[ctypes.c_int64] | None = None
         """Where set, nanoseconds are added to it: those of products, of attention and of all else."""
 
@@ -60,41 +72,52 @@ class CpuStack:
 
     def run(
         self,
-        embedded: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor],
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
         layers_kv: Sequence[torch.Tensor],
         plan: CpuPlan,
         *,
         last: tuple[torch.Tensor, CpuPlan | None] | None = None,
     ) -> torch.Tensor:
         """As `kernels.run_layers`; `last` is the rows wanted and the plan of their queries alone."""
-        residual = embedded.float() if embedded.dtype != torch.float32 else embedded.contiguous()
-        cos, sin = (angle.float().contiguous() for angle in angles)
-        count = len(residual) if last is None else len(last[0])
+        token_ids, positions = token_ids.contiguous(), positions.contiguous()
+        rows = len(token_ids)
+        count = rows if last is None else len(last[0])
         out = torch.empty((count, self._hidden_size), dtype=self._dtype)
-        tokens = Tokens(len(residual), residual.data_ptr(), cos.data_ptr(), sin.data_ptr(), plan.slots.data_ptr())
+        tokens = Tokens(rows, token_ids.data_ptr(), positions.data_ptr(), plan.slots.ctypes.data)
         tokens.teams = plan.struct()
         if last is not None:
             # Any address but null: nothing is read through it where there are no rows.
-            tokens.last, tokens.num_last = last[0].data_ptr() or residual.data_ptr(), count
+            tokens.last, tokens.num_last = last[0].data_ptr() or token_ids.data_ptr(), count
             tokens.last_teams = Teams() if last[1] is None else last[1].struct()
         if self.spent_ns is not None:
             tokens.spent = ctypes.addressof(self.spent_ns)
-        scale = self._head_dim**-0.5
+        if self._bound is None or self._bound[0] is not layers_kv:
+            self._bound = (layers_kv, *self._bind(layers_kv))
+        _, stack, caches = self._bound
+        pointers = (ctypes.byref(stack), ctypes.byref(tokens), caches, out.data_ptr())
+        failed = native().pando_layers(*pointers, num_threads(), self._dtype == torch.bfloat16)
+        if failed == 1:
+            raise MemoryError("no memory for a step")
+        if failed:
+            raise IndexError("a token id is not in the vocabulary")
+        return out
+
+    def _bind(self, layers_kv: Sequence[torch.Tensor]) -> tuple[Stack, ctypes.Array[ctypes.c_void_p]]:
+        """The decoder over these caches, which as a rule are those of all steps, and their first elements."""
         stack = Stack(
+            self._embedding.data_ptr(),
+            len(self._embedding),
+            self._rotary,
             self._layers,
             len(self._layers),
             self._norm.data_ptr(),
             self._hidden_size,
             self._intermediate_size,
             self._norm_eps,
-            cache_shape(layers_kv[0], num_heads=self._num_heads, scale=scale),
+            cache_shape(layers_kv[0], num_heads=self._num_heads, scale=self._head_dim**-0.5),
         )
-        caches = (ctypes.c_void_p * len(layers_kv))(*(kv.data_ptr() for kv in layers_kv))
-        pointers = (ctypes.byref(stack), ctypes.byref(tokens), caches, out.data_ptr())
-        if native().pando_layers(*pointers, num_threads(), self._dtype == torch.bfloat16):
-            raise MemoryError("no memory for a step")
-        return out
+        return stack, (ctypes.c_void_p * len(layers_kv))(*(kv.data_ptr() for kv in layers_kv))
 
     def _layer(self, of: LayerWeights) -> Layer:
         norms = [None if norm is None else norm.float() for norm in (of.attention_norm, of.qk_norm, of.mlp_norm)]
@@ -108,10 +131,18 @@ class CpuStack:
 
 
 def stack_of(
-    layers: Sequence[LayerWeights], norm: torch.Tensor, *, num_heads: int, head_dim: int, norm_eps: float
+    embedding: torch.Tensor,
+    layers: Sequence[LayerWeights],
+    norm: torch.Tensor,
+    frequencies: torch.Tensor,
+    *,
+    num_heads: int,
+    head_dim: int,
+    norm_eps: float,
 ) -> CpuStack | None:
     """The layers as one, None where native code does not take all of their weights."""
     weights = [w for of in layers for w, _ in (of.qkv, of.output, of.gate_up, of.down)]
     if not layers or not all(isinstance(weight, PackedWeight) and weight.dtype == norm.dtype for weight in weights):
         return None
-    return CpuStack(layers, norm, num_heads=num_heads, head_dim=head_dim, norm_eps=norm_eps)
+    shape = {"num_heads": num_heads, "head_dim": head_dim}
+    return CpuStack(embedding, layers, norm, frequencies, **shape, norm_eps=norm_eps)

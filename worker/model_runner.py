@@ -121,7 +121,8 @@ class ModelRunner:
         self._sinks = {} if config.sink_window is None else {config.sink_window: config.sinks}
         # A CUDA stream is what a thread is elsewhere: launching waits for nothing.
         self._thread = None if self._device.type == "cuda" else ThreadPoolExecutor(1, "step")
-        self._drawn = _none_drawn(self._device)
+        self._none_drawn = torch.zeros(0, dtype=torch.int64, device=self._device)
+        self._drawn = self._none_drawn
 
     @property
     def runs_beside(self) -> bool:
@@ -182,17 +183,16 @@ class ModelRunner:
     @torch.inference_mode()
     def _run(self, step: StepInputs) -> torch.Tensor:
         """What is drawn, int64 on the device. Does not wait for it."""
-        drawn, self._drawn = self._drawn, _none_drawn(self._device)
+        drawn, self._drawn = self._drawn, self._none_drawn
         token_ids = self._tensor(step.token_ids)
-        followed = step.followed[step.followed[:, 1] < len(drawn)]  # none is, of a step that failed
-        if len(followed):
+        if len(step.followed):
+            followed = step.followed[step.followed[:, 1] < len(drawn)]  # none is, of a step that failed
             at = self._tensor(followed)
             token_ids[at[:, 0]] = drawn[at[:, 1]]
-        wanted, rows = np.unique(step.wanted, return_inverse=True)
-        hidden = self._hidden(step, token_ids, wanted)
+        hidden = self._hidden(step, token_ids, step.wanted)
         if step.draws:
-            if len(hidden) < len(step.draws):  # forks draw from one row
-                hidden = hidden.index_select(0, self._tensor(rows))
+            if step.drawn_from is not None:  # forks draw from one row
+                hidden = hidden.index_select(0, self._tensor(step.drawn_from))
             self._drawn = sampler.start(self.decoder.logits(hidden), step.draws)
         return self._drawn
 
@@ -242,13 +242,10 @@ class ModelRunner:
 
     def _tensor(self, values: Ints) -> torch.Tensor:
         there = torch.from_numpy(values)
-        if self._device.type == "cuda":  # a copy from memory that is not pinned may wait for the device
-            there = there.pin_memory()
-        return there.to(self._device, non_blocking=True)
-
-
-def _none_drawn(device: torch.device) -> torch.Tensor:
-    return torch.zeros(0, dtype=torch.int64, device=device)
+        if self._device.type != "cuda":
+            return there
+        # A copy from memory that is not pinned may wait for the device.
+        return there.pin_memory().to(self._device, non_blocking=True)
 
 
 def _config(settings: WorkerSettings, folder: Path) -> ModelConfig:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -30,19 +31,21 @@ class StepInputs:
     block_tables: Ints  # [num_seqs, max_blocks]
     copies: tuple[BlockCopy, ...]
     draws: list[Draw]
-    wanted: Ints  # [num_draws]: after which of the sequences
+    wanted: Ints  # after which of the sequences something is drawn
+    drawn_from: Ints | None  # [num_draws]: after which of `wanted` each is; None: after each of them one
     followed: Ints  # [num_followed, 2]: which of the packed tokens the step before draws, and as which draw
 
 
 def step_inputs(batch: Batch, spec: ModelSpec) -> StepInputs:
     """All index arrays of a step, each made in one go."""
     sequences = batch.sequences
-    token_ids = np.concatenate([np.asarray(sequence.token_ids) for sequence in sequences]).astype(np.int64)
     query_lens = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
+    query_ends = np.cumsum(query_lens)
+    tokens = chain.from_iterable(sequence.token_ids for sequence in sequences)
+    token_ids = np.fromiter(tokens, np.int64, query_ends[-1])
     starts = np.array([sequence.start for sequence in sequences], dtype=np.int64)
     context_lens = starts + query_lens
-    query_ends = np.cumsum(query_lens)
-    draws, wanted = _draws(batch)
+    draws, wanted, drawn_from = _draws(batch)
     return StepInputs(
         token_ids=token_ids,
         positions=np.arange(len(token_ids)) + np.repeat(starts - query_ends + query_lens, query_lens),
@@ -53,6 +56,7 @@ def step_inputs(batch: Batch, spec: ModelSpec) -> StepInputs:
         copies=batch.copies,
         draws=draws,
         wanted=wanted,
+        drawn_from=drawn_from,
         followed=_followed(batch, query_ends),
     )
 
@@ -98,15 +102,19 @@ def _read_blocks(start: int, spec: ModelSpec) -> tuple[int, int]:
     return -(-spec.sinks // spec.block_size), first
 
 
-def _draws(batch: Batch) -> tuple[list[Draw], Ints]:
-    """What to sample, and after which of the sequences, by their number in the batch."""
+def _draws(batch: Batch) -> tuple[list[Draw], Ints, Ints | None]:
+    """What to sample, after which of the sequences by their number in the batch, and after which of these each is."""
     draws: list[Draw] = []
     wanted: list[int] = []
+    drawn_from: list[int] = []
     for index, sequence in enumerate(batch.sequences):
         for sampling in sequence.draws:
             draws.append(Draw(sampling, sequence.end, sequence.banned_token_ids))
+            drawn_from.append(len(wanted))
+        if sequence.draws:
             wanted.append(index)
-    return draws, np.array(wanted, dtype=np.int64)
+    forked = None if len(draws) == len(wanted) else np.array(drawn_from, dtype=np.int64)
+    return draws, np.array(wanted, dtype=np.int64), forked
 
 
 def _followed(batch: Batch, query_ends: Ints) -> Ints:

@@ -6,7 +6,7 @@
 // What lies between the layers' operations, of one step.
 template <class T>
 struct Between {
-    float *heads, *last_heads, *last_residual;
+    float *residual, *cos, *sin, *heads, *last_heads, *last_residual;
     T *normed, *mixed, *gated;
 };
 
@@ -41,10 +41,12 @@ static bool run(const Stack &stack, const Tokens &tokens, T *const *caches, cons
     Shape shape = stack.shape;
     const int64_t hidden = stack.hidden_size, width = head_width(shape), queries = shape.num_heads * shape.head_dim;
     const int64_t words = hidden / PER_WORD<T>;
-    float *residual = tokens.residual, *heads = by.heads;
+    float *residual = by.residual, *heads = by.heads;
     int64_t rows = tokens.rows, q_stride = width;
     const Teams *teams = &tokens.teams;
     Watch watch{tokens.spent};
+    embed<T>((const T *)stack.embedding, tokens.token_ids, residual, rows, hidden, threads);
+    angles<T>(stack.frequencies, tokens.positions, by.cos, by.sin, rows, shape.head_dim, threads);
     for (int64_t index = 0; index < stack.num_layers; index++) {
         const Layer &layer = stack.layers[index];
         shape.window = layer.window;
@@ -52,7 +54,7 @@ static bool run(const Stack &stack, const Tokens &tokens, T *const *caches, cons
         watch.was(REST);
         linear<T>((const float *)by.normed, words, layer.qkv, heads, rows, threads);
         watch.was(PRODUCT);
-        rotary_write<T>(heads, tokens.cos, tokens.sin, layer.qk_norm, stack.norm_eps, caches[index], tokens.slots, rows,
+        rotary_write<T>(heads, by.cos, by.sin, layer.qk_norm, stack.norm_eps, caches[index], tokens.slots, rows,
                         shape, threads);
         if (tokens.last && index == stack.num_layers - 1) {
             if (!tokens.num_last) return true;
@@ -89,11 +91,14 @@ template <class T>
 static int layers(const Stack &stack, const Tokens &tokens, T *const *caches, T *out, int64_t threads) {
     const Shape &shape = stack.shape;
     const int64_t rows = tokens.rows, last = tokens.last ? tokens.num_last : 0, width = head_width(shape);
-    const int64_t numbers = rows * (width + stack.hidden_size + width + stack.intermediate_size) +
-                            last * (width + stack.hidden_size) + 6 * 16;
+    const int64_t numbers = rows * (2 * width + 2 * stack.hidden_size + 2 * shape.head_dim + stack.intermediate_size) +
+                            last * (width + stack.hidden_size) + 9 * 16;
     char *memory = (char *)aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64), *rest = memory;
     if (!memory) return 1;
     Between<T> by;
+    by.residual = part<float>(&rest, rows * stack.hidden_size);
+    by.cos = part<float>(&rest, rows * shape.head_dim);
+    by.sin = part<float>(&rest, rows * shape.head_dim);
     by.heads = part<float>(&rest, rows * width);
     by.last_heads = part<float>(&rest, last * width);
     by.last_residual = part<float>(&rest, last * stack.hidden_size);
@@ -105,9 +110,11 @@ static int layers(const Stack &stack, const Tokens &tokens, T *const *caches, T 
     return done ? 0 : 1;
 }
 
-// Returns 0, or 1 where there is no memory. `caches` are the layers' first elements; `out[rows or num_last, hidden]`.
+// Returns 0, 1 where there is no memory, 2 where a token id is not of the vocabulary. `caches` are the layers' first elements; `out[rows or num_last, hidden]`.
 extern "C" int pando_layers(const Stack *stack, const Tokens *tokens, void *const *caches, void *out, int64_t threads,
                             int64_t half) {
+    for (int64_t row = 0; row < tokens->rows; row++)
+        if (tokens->token_ids[row] < 0 || tokens->token_ids[row] >= stack->vocab_size) return 2;
 #if HAS_BF16
     if (half) return layers<bf16>(*stack, *tokens, (bf16 *const *)caches, (bf16 *)out, threads);
 #endif

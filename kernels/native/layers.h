@@ -1,4 +1,4 @@
-// A run of decoder layers in one team of threads, from the residual stream to the norm behind the last of them.
+// A decoder but for its head, in one team of threads: from token ids to the norm behind the last layer.
 #pragma once
 #include "ops.h"
 
@@ -13,6 +13,9 @@ struct Layer {
 };
 
 struct Stack {
+    const void *embedding;  // [vocab_size, hidden_size]
+    int64_t vocab_size;
+    Frequencies frequencies;
     const Layer *layers;
     int64_t num_layers;
     const float *norm;
@@ -25,9 +28,7 @@ struct Stack {
 // count in `last`; null: all of them.
 struct Tokens {
     int64_t rows;
-    float *residual;  // [rows, hidden_size], changed
-    const float *cos, *sin;
-    const int64_t *slots;
+    const int64_t *token_ids, *positions, *slots;
     Teams teams;
     const int64_t *last;
     int64_t num_last;

@@ -30,6 +30,19 @@ struct Teams {
     int64_t *taken;  // null, or positions of one head read from the cache are added to it
 };
 
+// Radians per position of each pair of a head; angles are computed in double precision where they are `exact`.
+struct Frequencies {
+    const double *of;  // [head_dim / 2]
+    int64_t exact;
+};
+
+// `out[row] = table[ids[row]]`, and cosine and signed sine of positions as `rotary_write` takes them.
+template <class T>
+void embed(const T *table, const int64_t *ids, float *out, int64_t rows, int64_t width, int64_t threads);
+template <class T>
+void angles(const Frequencies &frequencies, const int64_t *positions, float *cos, float *sin, int64_t rows, int64_t dim,
+            int64_t threads);
+
 // `out = x @ weight + bias`, and `out += x @ weight + bias`; `x[rows, depth]` in words.
 template <class T>
 void linear(const float *x, int64_t x_stride, const Packed &weight, float *out, int64_t rows, int64_t threads);

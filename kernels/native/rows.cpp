@@ -1,4 +1,4 @@
-// What is done to each token alone: norms, rotation and the write to the cache.
+// What is done to each token alone: embedding, norms, rotation and the write to the cache.
 #include <cmath>
 
 #include "ops.h"
@@ -11,6 +11,34 @@ INLINE void tokens(int64_t rows, int64_t threads, Each each) {
     parts((rows + AT_ONCE - 1) / AT_ONCE, threads, [&](int64_t index) {
         const int64_t first = index * AT_ONCE, end = first + AT_ONCE < rows ? first + AT_ONCE : rows;
         for (int64_t row = first; row < end; row++) each(row);
+    });
+}
+
+template <class T>
+void embed(const T *table, const int64_t *ids, float *out, int64_t rows, int64_t width, int64_t threads) {
+    tokens(rows, threads, [&](int64_t row) {
+        const T *from = table + ids[row] * width;
+        for (int64_t c = 0; c < width; c++) out[row * width + c] = as_float(from[c]);
+    });
+}
+
+template <class T>
+void angles(const Frequencies &frequencies, const int64_t *positions, float *cos, float *sin, int64_t rows, int64_t dim,
+            int64_t threads) {
+    const int64_t half = dim / 2;
+    tokens(rows, threads, [&](int64_t row) {
+        float *c = cos + row * dim, *s = sin + row * dim;
+        for (int64_t d = 0; d < half; d++) {
+            const double angle = frequencies.exact ? positions[row] * frequencies.of[d]
+                                                   : (float)positions[row] * (float)frequencies.of[d];
+            // In the model's own type, as models are trained.
+            T near_cos, near_sin;
+            put(&near_cos, (float)(frequencies.exact ? std::cos(angle) : cosf((float)angle)));
+            put(&near_sin, (float)(frequencies.exact ? std::sin(angle) : sinf((float)angle)));
+            c[d] = c[half + d] = as_float(near_cos);
+            s[half + d] = as_float(near_sin);
+            s[d] = -s[half + d];
+        }
     });
 }
 
@@ -66,6 +94,8 @@ void rotary_write(float *heads, const float *cos, const float *sin, const float 
 }
 
 #define FOR(T)                                                                                               \
+    template void embed<T>(const T *, const int64_t *, float *, int64_t, int64_t, int64_t);                  \
+    template void angles<T>(const Frequencies &, const int64_t *, float *, float *, int64_t, int64_t, int64_t); \
     template void norm<T>(const float *, float *, const float *, T *, int64_t, int64_t, float, int64_t);     \
     template void rotary_write<T>(float *, const float *, const float *, const float *, float, T *,          \
                                   const int64_t *, int64_t, const Shape &, int64_t);

@@ -31,14 +31,15 @@ class RotaryEmbedding:
         self, rope: Rope, head_dim: int, *, device: torch.device, dtype: torch.dtype, endless: bool = False
     ) -> None:
         self._angle_dtype = torch.float64 if endless else torch.float32
-        self._frequencies = inverse_frequencies(rope, head_dim).to(device, self._angle_dtype)  # [head_dim / 2]
+        self.frequencies = inverse_frequencies(rope, head_dim).to(device, self._angle_dtype)  # [head_dim / 2]
+        """Of each pair, in the dtype that angles are computed in."""
         self._sign = torch.tensor([-1.0, 1.0], device=device).view(1, 1, 2, 1)
         self._dtype = dtype
 
     def __call__(self, positions: torch.Tensor, *, farthest: int | None = None) -> Angles:
         """Angles of `positions[num_tokens]` (int64), and with `farthest` those for sinks: of no position behind it."""
         sink = None if farthest is None else self(positions.clamp(max=farthest))
-        angle = positions.to(self._angle_dtype)[:, None, None, None] * self._frequencies
+        angle = positions.to(self._angle_dtype)[:, None, None, None] * self.frequencies
         cos, sin = angle.cos(), angle.sin()
         return Angles(cos.expand(-1, -1, 2, -1).to(self._dtype), (sin * self._sign).to(self._dtype), sink)
 

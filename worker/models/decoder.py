@@ -92,11 +92,12 @@ class Decoder:
     ) -> torch.Tensor:
         """Final hidden states of `token_ids[num_tokens]` at `positions[num_tokens]` (both int64): all of them, or those
         of `last`. `layers_kv` has one cache view a layer."""
-        embedded = F.embedding(token_ids, self.embedding)
+        normed = kernels.run_layers(self.stack, token_ids, positions, layers_kv, plan, last=last)
+        if normed is not None:
+            return normed
         far = self.config.sink_reach if plan.sink_work else None
         angles = self.rotary(positions, farthest=far)
-        normed = kernels.run_layers(self.stack, embedded, (angles.cos, angles.sin), layers_kv, plan, last=last)
-        return self._layer_by_layer(embedded, angles, layers_kv, plan, last) if normed is None else normed
+        return self._layer_by_layer(F.embedding(token_ids, self.embedding), angles, layers_kv, plan, last)
 
     def _layer_by_layer(
         self,
@@ -139,8 +140,10 @@ def load_decoder(config: ModelConfig, checkpoint: Checkpoint, pack: Pack = kerne
         endless=config.window is not None,
     )
     stack = kernels.stack(
+        embedding,
         [layer.weights() for layer in layers],
         norm,
+        rotary.frequencies,
         num_heads=config.num_heads,
         head_dim=config.head_dim,
         norm_eps=config.norm_eps,

@@ -68,3 +68,12 @@ def hidden(runner: ModelRunner, *, wanted: tuple[int, ...] | None, stacked: bool
         last = kernels.LastRows(torch.from_numpy((np.cumsum(counts) - 1)[index]), of_last)
     with torch.inference_mode():
         return decoder.hidden(ids, torch.from_numpy(positions), runner.cache.layers, plan, last), len(ids)
+
+
+@pytest.mark.parametrize("token_id", [-1, 1 << 40])
+def test_an_id_that_is_not_in_the_vocabulary_is_refused(runner: ModelRunner, token_id: int) -> None:
+    plan = kernels.plan_attention(
+        runner.cache.whole, [1], [1], np.array([[0]]), num_heads=runner.decoder.config.num_heads
+    )
+    with pytest.raises(IndexError):
+        runner.decoder.hidden(torch.tensor([token_id]), torch.tensor([0]), runner.cache.layers, plan)

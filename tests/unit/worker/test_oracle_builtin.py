@@ -20,6 +20,7 @@ def test_greedy_tokens_and_logits_of_a_long_prompt() -> None:
     driver.preempt(sequence)
     ours = driver.logits(driver.start(prompt + generated), chunk=300)
     expected = oracle_logits(model, prompt + generated)
-    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+    # Each of the two is float32, and within 1e-4 of the logits in float64.
+    torch.testing.assert_close(ours, expected, atol=2e-4, rtol=0)
     assert expected[len(prompt) - 1 : -1].argmax(-1).tolist() == generated
     runner.close()
