@@ -69,8 +69,13 @@ INLINE void take_keys(const float *const *from, int64_t key, int64_t some, int64
 
 // One value of a piece to its row; of bf16, beside the other of its pair, which is 0 until it comes.
 INLINE void take_value(const float *value, int64_t key, int64_t, int64_t dim, float *values) {
-    for (int64_t d = 0; d < dim; d += PANEL)
-        memcpy(values + d * KEYS + key * PANEL, value + d, (dim - d < PANEL ? dim - d : PANEL) * sizeof(float));
+    float *into = values + key * PANEL;
+    int64_t d = 0;
+    for (; d + PANEL <= dim; d += PANEL, into += KEYS * PANEL) {
+        store(into, load(value + d));
+        store(into + LANES, load(value + d + LANES));
+    }
+    if (d < dim) memcpy(into, value + d, (dim - d) * sizeof(float));
 }
 
 INLINE void take_value(const bf16 *value, int64_t key, int64_t begin, int64_t dim, float *values) {
@@ -90,23 +95,37 @@ INLINE void take_value(const bf16 *value, int64_t key, int64_t begin, int64_t di
 }
 
 // Keys and values of positions [begin, end) of the piece at `origin`.
+// Ask ahead for some numbers.
 template <class T>
-static void take(const Work<T> &work, const int32_t *table, int64_t origin, int64_t begin, int64_t end) {
+INLINE void fetch(const T *from, int64_t count) {
+    for (int64_t at = 0; at < count; at += 64 / (int64_t)sizeof(T)) __builtin_prefetch(from + at, 0, 2);
+}
+
+// Those of the piece behind it, before position `last`, are asked for.
+template <class T>
+static void take(const Work<T> &work, const int32_t *table, int64_t origin, int64_t begin, int64_t end, int64_t last) {
     const Shape &of = work.of;
     const int64_t dim = of.head_dim, value = of.num_kv_heads * of.block_size * dim;
     if (work.teams.taken) __atomic_fetch_add(work.teams.taken, end - begin, __ATOMIC_RELAXED);
+    const auto key = [&](int64_t position) {
+        const int64_t block = table[position / of.block_size];
+        return work.cache + block * of.block_stride + (work.head * of.block_size + position % of.block_size) * dim;
+    };
     const float *from[KEYS];
     for (int64_t position = begin; position < end; position++) {
-        const int64_t block = table[position / of.block_size];
-        const T *here =
-            work.cache + block * of.block_stride + (work.head * of.block_size + position % of.block_size) * dim;
+        const T *here = key(position);
+        if (position + KEYS < last) {
+            const T *ahead = key(position + KEYS);
+            fetch(ahead, dim);
+            fetch(ahead + value, dim);
+        }
         from[position - origin] = (const float *)here;
         take_value(here + value, position - origin, begin - origin, dim, work.room.values);
     }
-    for (int64_t key = begin - origin; key < end - origin;) {
-        const int64_t some = key % LANES == 0 && key + LANES <= end - origin ? LANES : 1;
-        take_keys(from, key, some, work.depth(), work.room.keys);
-        key += some;
+    for (int64_t index = begin - origin; index < end - origin;) {
+        const int64_t some = index % LANES == 0 && index + LANES <= end - origin ? LANES : 1;
+        take_keys(from, index, some, work.depth(), work.room.keys);
+        index += some;
     }
 }
 
@@ -188,7 +207,7 @@ static void finish(const Work<T> &work, int64_t member, int64_t first, int64_t o
     if (begin > origin) origin = begin / KEYS * KEYS;
     for (; origin < end; origin += KEYS) {
         const int64_t low = begin > origin ? begin : origin, high = end < origin + KEYS ? end : origin + KEYS;
-        take(work, work.table(member), origin, low, high);
+        take(work, work.table(member), origin, low, high, end);
         piece(work, first, of.rows * work.group(), origin, low, high, of.position, true);
     }
 }
@@ -215,8 +234,9 @@ static void walk(const Work<T> &work, int64_t begin, int64_t end, int64_t first,
         const int64_t here = member + 1 < end ? shared(work, member, member + 1) : common;
         common = here < common ? here : common;
     }
+    const int64_t last = work.members[begin].position + work.members[begin].rows;
     for (; origin < common; origin += KEYS) {
-        take(work, work.table(begin), origin, origin, origin + KEYS);
+        take(work, work.table(begin), origin, origin, origin + KEYS, last);
         piece(work, first, rows, origin, origin, origin + KEYS, 0, false);
     }
     while (begin < end) {
