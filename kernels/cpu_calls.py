@@ -116,6 +116,8 @@ def native() -> ctypes.CDLL:
         ("pando_rotary_write", "ppppp" + "ipi"),
         ("pando_attention", "pipppp" + "ii"),
         ("pando_layers", "pppp" + "ii"),
+        ("pando_argmax", "piiipi"),
+        ("pando_sample", "pipii" + "pipi"),
     ):
         getattr(found, name).argtypes = [kinds[kind] for kind in arguments]
     found.pando_panel.restype = found.pando_has_bf16.restype = Count
