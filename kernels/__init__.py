@@ -59,6 +59,7 @@ __all__ = [
     "StoredKV",
     "Weight",
     "add_rms_norm",
+    "argmax",
     "attention",
     "copy_blocks",
     "gated_linear",
@@ -323,6 +324,12 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def sample(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     """A token id for each row of `logits[n, vocab_size]` (float32, at most 2^20 wide; banned tokens become -inf in
     them), by the rule of `kernels.sampling`: `[n]` int64 where the logits are, the same on every device."""
-    operations = _device_operations() if logits.is_cuda else reference
-    tokens: torch.Tensor = operations.sample(logits, draws)
+    tokens: torch.Tensor = _operations(logits).sample(logits, draws)
+    return tokens
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """The most likely token of each row of `logits[n, vocab_size]` (float32): what `sample` draws where every row is
+    greedy and none has banned tokens, with nothing planned."""
+    tokens: torch.Tensor = _operations(logits).argmax(logits)
     return tokens

@@ -16,6 +16,7 @@ from kernels import plan as host_plan
 from kernels import reference
 from kernels.cpu_calls import Shape, native, num_threads
 from kernels.cpu_plan import CpuPlan, make_plan
+from kernels.cpu_sampling import argmax, sample
 from kernels.cpu_weights import PackedWeight, can_pack
 from kernels.quantize import KV
 from kernels.reference import copy_blocks, head_rms_norm_, merge_states, rotary_, silu_mul
@@ -23,6 +24,7 @@ from kernels.step import Ints
 
 __all__ = [
     "add_rms_norm",
+    "argmax",
     "attention",
     "copy_blocks",
     "head_rms_norm_",
@@ -32,6 +34,7 @@ __all__ = [
     "rms_norm",
     "rotary_",
     "rotary_write_kv",
+    "sample",
     "silu_mul",
     "sink_attention",
     "write_kv",

@@ -147,6 +147,8 @@ def native() -> ctypes.CDLL:
         ("pando_attention", "pipppp" + "ii"),
         ("pando_plan", "pp"),
         ("pando_layers", "pppp" + "ii"),
+        ("pando_argmax", "piiipi"),
+        ("pando_sample", "pipii" + "pipi"),
     ):
         getattr(found, name).argtypes = [kinds[kind] for kind in arguments]
     found.pando_panel.restype = found.pando_has_bf16.restype = found.pando_plan.restype = Count

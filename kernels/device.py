@@ -20,7 +20,7 @@ from kernels.jit.sampling import ban_kernel, sample_kernel
 from kernels.jit.wide import wide_kernel
 from kernels.quantize import KV, StoredKV
 from kernels.reference import copy_blocks, merge_states, rotary_
-from kernels.sampling import Draws
+from kernels.sampling import COLUMNS, Draws
 
 __all__ = [
     "add_rms_norm",
@@ -247,3 +247,9 @@ def sample(logits: torch.Tensor, draws: Draws, config: SamplingConfig | None = N
         STAGES=config.num_stages, num_warps=config.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return tokens
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """As `kernels.argmax`."""
+    nothing = torch.zeros((len(logits), COLUMNS), dtype=torch.int64, device=logits.device)
+    return sample(logits, Draws(nothing, nothing[:0, :2]))

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 from kernels.plan import AttentionPlan, Gather, WindowWork, plan_attention
 from kernels.quantize import KV, StoredKV
-from kernels.sampling import sample
+from kernels.sampling import argmax, sample
 
 __all__ = [
     "add_rms_norm",
+    "argmax",
     "attention",
     "copy_blocks",
     "head_rms_norm_",

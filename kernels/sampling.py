@@ -18,8 +18,10 @@ Only an x nearer to 0 than 2^-126, which logits of a model do not give, may coun
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +30,8 @@ import torch
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-WEIGHT_BITS = 40  # 2^20 tokens can be summed
+WEIGHT_BITS = 40
+MOST_TOKENS = 1 << 20  # whose weights can be summed
 FRACTION_BITS = 53  # of top_p and of a uniform number
 ALL = 1 << FRACTION_BITS
 # 2^f for f in [0, 1) within 1e-7, exact at 0; numbers of float32.
@@ -36,8 +39,11 @@ _DIGITS = ("0x1p0", "0x1.62e4c8p-1", "0x1.ebd8ap-3", "0x1.c9444p-5", "0x1.269dee
 POLYNOMIAL = tuple(map(float.fromhex, _DIGITS))
 LEAST_POWER = -64.0  # of two: whatever is below weighs nothing
 SCALES = (2.0**-60, 2.0**60)
+_FLOAT32, _INT32 = struct.Struct("=f"), struct.Struct("=i")
+_SEEDS, _HALF = (1 << 64) - 1, 1 << 63
 
-SCALE, SEED, POSITION, TOP_K, TOP_P, MIN_P = range(6)
+COLUMNS = 6
+SCALE, SEED, POSITION, TOP_K, TOP_P, MIN_P = range(COLUMNS)
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -58,26 +64,39 @@ class Draws:
     banned: torch.Tensor  # [num_banned, 2] int64: row, token
 
 
+@lru_cache(maxsize=1024)
+def _fixed(temperature: float, top_k: float, top_p: float, min_p: float) -> tuple[int, int, int, int]:
+    """What a row of `Draws` says of these."""
+    scale = 0
+    if temperature > 0:
+        least, most = SCALES
+        (scale,) = _INT32.unpack(_FLOAT32.pack(min(max(math.log2(math.e) / temperature, least), most)))
+    kept, least_part = (min(max(float(part), 0.0), 1.0) for part in (top_p, min_p))
+    return scale, int(top_k), int(kept * 2.0**FRACTION_BITS), math.ceil(least_part * 2.0**WEIGHT_BITS)
+
+
 def plan_draws(
-    ways: npt.NDArray[np.float64], keys: Ints, banned: Sequence[tuple[int, int]], device: torch.device
+    ways: Iterable[Sequence[float]],
+    keys: Iterable[Sequence[int]],
+    banned: Sequence[tuple[int, int]],
+    device: torch.device,
 ) -> Draws:
     """`ways[n, 4]`: temperature (0: the most likely token), top_k (0 keeps all), top_p and min_p of each row.
-    `keys[n, 2]`: seed, of which all 64 bits count, and absolute position of the token. `banned`: (row, token) that must
-    not be drawn. Goes to `device` in one copy."""
-    count = len(ways)
-    temperature = ways[:, 0]
-    scale = np.clip(math.log2(math.e) / np.where(temperature > 0, temperature, 1.0), *SCALES).astype(np.float32)
-    flat = np.empty(6 * count + 2 * len(banned), dtype=np.int64)
-    rows = flat[: 6 * count].reshape(count, 6)
-    rows[:, SCALE] = np.where(temperature > 0, scale.view(np.int32), 0)
-    rows[:, SEED : POSITION + 1] = keys
-    rows[:, TOP_K] = ways[:, 1]
-    rows[:, TOP_P] = np.clip(ways[:, 2], 0.0, 1.0) * 2.0**FRACTION_BITS
-    rows[:, MIN_P] = np.ceil(np.clip(ways[:, 3], 0.0, 1.0) * 2.0**WEIGHT_BITS)
-    if banned:
-        flat[6 * count :].reshape(-1, 2)[:] = banned
+    `keys[n, 2]`: seed, of which the 64 lowest bits count, and absolute position of the token. `banned`: (row, token)
+    that must not be drawn. Goes to `device` in one copy."""
+    numbers: list[int] = []
+    for way, (seed, position) in zip(ways, keys, strict=True):
+        scale, *filters = _fixed(*way)
+        numbers += (scale, (int(seed) + _HALF & _SEEDS) - _HALF, position, *filters)
+    end = len(numbers)
+    for pair in banned:
+        numbers += pair
+    flat = np.array(numbers, dtype=np.int64)
+    if device.type == "cpu":
+        parts = (flat[:end].reshape(-1, COLUMNS), flat[end:].reshape(-1, 2))
+        return Draws(*map(torch.from_numpy, parts))
     there = torch.from_numpy(flat).to(device, non_blocking=True)
-    return Draws(there[: 6 * count].view(count, 6), there[6 * count :].view(-1, 2))
+    return Draws(there[:end].view(-1, COLUMNS), there[end:].view(-1, 2))
 
 
 def sample(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
@@ -86,12 +105,7 @@ def sample(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     rows, banned = draws.rows.cpu().numpy(), draws.banned.cpu().numpy()
     if len(banned):
         values[banned[:, 0], banned[:, 1]] = -np.inf
-    tokens = values.argmax(1)
-    largest = values[np.arange(len(tokens)), tokens]
-    if np.isnan(largest).any():
-        values = np.where(np.isnan(values), np.float32(-np.inf), values)
-        tokens = values.argmax(1)
-        largest = values[np.arange(len(tokens)), tokens]
+    values, tokens, largest = _most_likely_token(values)
     filtered = (rows[:, TOP_K] > 0) | (rows[:, TOP_P] < ALL) | (rows[:, MIN_P] > 0)
     random = rows[:, SCALE] != 0
     for chosen, draw in ((random & ~filtered, _unfiltered), (random & filtered, _filtered)):
@@ -101,6 +115,20 @@ def sample(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
             drawn = draw(values if every else values[index], largest[index], rows[index])
             tokens[index] = np.where(drawn < 0, tokens[index], drawn)
     return torch.from_numpy(tokens).to(logits.device)
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """As `kernels.argmax`, computed on the CPU wherever the logits are."""
+    return torch.from_numpy(_most_likely_token(logits.cpu().numpy())[1]).to(logits.device)
+
+
+def _most_likely_token(values: Floats) -> tuple[Floats, Ints, Floats]:
+    """`values[n, m]` with -inf for NaN, and of each row the token and its logit."""
+    tokens = values.argmax(1)
+    largest = values[np.arange(len(tokens)), tokens]
+    if np.isnan(largest).any():
+        return _most_likely_token(np.where(np.isnan(values), np.float32(-np.inf), values))
+    return values, tokens, largest
 
 
 def philox(counter: Ints, key: Ints) -> Ints:
@@ -138,7 +166,7 @@ def weights(values: Floats, largest: Floats, scale: Floats) -> Ints:
     """Of `values[n, m]`, with `largest[n]` and `scale[n]` of each row."""
     # Torch's operations on arrays in place take a third of NumPy's time, and round in the same way.
     x = (torch.from_numpy(values) - torch.from_numpy(largest)[:, None]).mul_(torch.from_numpy(scale)[:, None])
-    x.clamp_(min=LEAST_POWER)
+    torch.fmax(x, torch.tensor(LEAST_POWER), out=x)  # infinite less infinite, which is no number, weighs nothing too
     whole = x.floor()
     x.sub_(whole)
     power = x * POLYNOMIAL[-1]

@@ -41,6 +41,7 @@ class Case:
     count: int = 1
     poison: bool = False  # NaN, infinities, both zeros
     banned: int = 0  # tokens of each row
+    weightless: bool = False  # rows of -inf, of NaN, and with +inf
 
     def __str__(self) -> str:
         return self.name
@@ -56,6 +57,7 @@ CASES = (
     Case("all equal", 150, spread=0.0),
     Case("not finite", 150, rounded=0.5, poison=True, count=2),
     Case("banned", 90, banned=40),
+    Case("nothing weighs anything", 67, count=3, weightless=True),
 )
 
 
@@ -90,6 +92,9 @@ def make_problem(case: Case) -> Problem:
         logits[:, 5], logits[:, 11], logits[:, 12], logits[:, 13] = np.nan, -np.inf, -0.0, 0.0
         logits[len(WAYS) :] = -np.abs(logits[len(WAYS) :])  # the zeros are the largest
         logits[3], logits[4] = -np.inf, np.nan
+    if case.weightless:
+        logits[: len(WAYS)], logits[len(WAYS) : 2 * len(WAYS)] = -np.inf, np.nan
+        logits[2 * len(WAYS) :, [9, 40]] = np.inf
     banned = [(row, int(token)) for row in range(rows) for token in rng.permutation(case.vocab)[: case.banned]]
     keys = np.stack((rng.integers(-(2**63), 2**63 - 1, rows), rng.integers(0, 2**33, rows)), axis=1)
     return Problem(torch.from_numpy(logits), np.array(WAYS * case.count), keys, banned)

@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 import kernels
 from worker.batch import SamplingParams
-
-_SEED_BITS = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +24,13 @@ class Draw:
     banned_token_ids: tuple[int, ...] = ()
 
 
-def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-    """A token id for each row of `logits[len(draws), vocab_size]` (float32; changed where tokens are banned)."""
-    return start(logits, draws).tolist()
-
-
 def start(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """As `choose`, where the logits are: `[len(draws)]` int64. Does not wait for the device."""
+    """A token id for each row of `logits[len(draws), vocab_size]` (float32; changed where tokens are banned):
+    `[len(draws)]` int64, where the logits are. Does not wait for the device."""
+    if all(not draw.params.temperature and not draw.banned_token_ids for draw in draws):
+        return kernels.argmax(logits)
     params = [draw.params for draw in draws]
-    ways = np.array([(way.temperature, way.top_k, way.top_p, way.min_p) for way in params], dtype=np.float64)
-    seeds = np.array([way.seed & _SEED_BITS for way in params], dtype=np.uint64).view(np.int64)
-    keys = np.stack((seeds, np.array([draw.position for draw in draws], dtype=np.int64)), axis=1)
+    ways = [(way.temperature, way.top_k, way.top_p, way.min_p) for way in params]
+    keys = [(draw.params.seed, draw.position) for draw in draws]
     banned = [(row, token) for row, draw in enumerate(draws) for token in draw.banned_token_ids]
     return kernels.sample(logits, kernels.plan_draws(ways, keys, banned, logits.device))

@@ -1,12 +1,15 @@
-"""The kernel that draws, in Triton's interpreter, and its twin, asked the same table: the same tokens, to the last."""
+"""All that draws, asked the same table: the kernel in Triton's interpreter, native code on the CPU, and their twin give
+the same tokens, to the last."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
-from kernels import device, reference
+from kernels import cpu, device, reference
 from kernels.configs import SamplingConfig
 from kernels.sampling import _NEAR_BITS, SCALE, _nearly_all, weights
 from tests.sampling_cases import CASES, Case, make_problem
@@ -15,10 +18,11 @@ from tests.sampling_cases import CASES, Case, make_problem
 TINY = SamplingConfig(tile=128, room=64, guide=20, step=64, pivots=64)
 
 
+@pytest.mark.parametrize("operations", [reference, cpu], ids=["twin", "native"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_twin(case: Case) -> None:
+def test_twin_and_native_code(case: Case, operations: ModuleType) -> None:
     problem = make_problem(case)
-    assert reference.sample(problem.logits.clone(), problem.draws()).tolist() == problem.expected()
+    assert operations.sample(problem.logits.clone(), problem.draws()).tolist() == problem.expected()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -57,7 +61,7 @@ def test_totals_are_as_near_as_is_said(spread: float) -> None:
 
 def test_logits_are_changed_where_tokens_are_banned_alone() -> None:
     problem = make_problem(Case("banned", 90, banned=40))
-    for sample in (reference.sample, device.sample):
+    for sample in (reference.sample, device.sample, cpu.sample):
         logits = problem.logits.clone()
         with np.errstate(invalid="ignore"):
             sample(logits, problem.draws())
@@ -73,3 +77,11 @@ def test_rows_may_lie_apart() -> None:
     wide[:, :61] = problem.logits
     with np.errstate(invalid="ignore"):
         assert device.sample(wide[:, :61], problem.draws(), TINY).tolist() == problem.expected()
+
+
+def test_the_most_likely_token() -> None:
+    logits = make_problem(Case("not finite", 150, rounded=0.5, poison=True, count=2)).logits
+    with np.errstate(invalid="ignore"):
+        found = [operations.argmax(logits.clone()).tolist() for operations in (reference, cpu, device)]
+    largest = [[value if value == value else -torch.inf for value in row] for row in logits.tolist()]
+    assert found == [[row.index(max(row)) for row in largest]] * 3

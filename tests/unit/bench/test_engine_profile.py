@@ -77,7 +77,7 @@ def test_the_parts_of_each_kind_of_step_add_up(settings: WorkerSettings) -> None
 
 def test_faces_are_as_they_were_even_after_a_failure() -> None:
     def faces() -> list[object]:
-        classes = [RotaryEmbedding.__call__, Decoder.logits, ModelRunner.execute, sampler.choose]
+        classes = [RotaryEmbedding.__call__, Decoder.logits, ModelRunner.execute, sampler.start]
         return [getattr(kernels, name) for name in kernels.__all__] + classes
 
     before = faces()

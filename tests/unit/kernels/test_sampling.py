@@ -1,4 +1,5 @@
-"""Draws: the generator's published vectors, the distribution, and independence of the batch."""
+"""Draws, in native code and by the twin: the generator's published vectors, the distribution, and independence of the
+batch."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ import pytest
 import torch
 
 import kernels
+from kernels import cpu, reference
 from kernels.sampling import philox, portion, uniform_bits, weights
+
+both = pytest.mark.usefixtures("face")
 
 # Known answers of philox4x32-10 that Random123 publishes: counter, key, result.
 KNOWN = [
@@ -15,6 +19,11 @@ KNOWN = [
     ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
     ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
 ]
+
+
+@pytest.fixture(params=[cpu, reference], ids=["native", "twin"])
+def face(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_cpu_operations", lambda: request.param)
 
 
 def words(text: str) -> list[int]:
@@ -72,6 +81,7 @@ def filters(top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> dict[str,
     return {"top_k": top_k, "top_p": top_p, "min_p": min_p}
 
 
+@both
 @pytest.mark.parametrize("extra", [{}, filters(), filters(top_k=5), filters(top_p=0.7), filters(min_p=0.2)], ids=str)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_distribution(extra: dict[str, float], temperature: float) -> None:
@@ -93,6 +103,7 @@ def test_distribution(extra: dict[str, float], temperature: float) -> None:
     assert chi_square < 24.3  # 7 degrees of freedom, 0.1 %
 
 
+@both
 def test_filters_apply_one_after_the_other() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     # Of the two that top_k leaves, the first holds 4/7 of the probability: enough for a top_p of a half.
@@ -101,16 +112,19 @@ def test_filters_apply_one_after_the_other() -> None:
     assert set(draw(logits, 500, **filters(top_p=0.8, min_p=0.7)).tolist()) == {0, 1}
 
 
+@both
 @pytest.mark.parametrize("extra", [filters(top_k=1), filters(top_p=1e-9), filters(top_p=0.0), filters(min_p=1.0)])
 def test_the_most_likely_token_is_always_left(extra: dict[str, float]) -> None:
     logits = torch.tensor([0.0, 1.0, 3.0, 2.0])
     assert set(draw(logits, 50, **extra).tolist()) == {2}
 
 
+@both
 def test_equal_tokens_keep_their_order() -> None:
     assert set(draw(torch.zeros(1000), 300, **filters(top_k=3)).tolist()) == {0, 1, 2}
 
 
+@both
 @pytest.mark.parametrize("extra", [{}, filters(top_k=40, top_p=0.95, min_p=0.01)], ids=["plain", "filtered"])
 def test_a_row_alone_draws_the_same(extra: dict[str, float]) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -131,5 +145,6 @@ def test_banned_tokens_are_never_drawn_at_the_ends(
 ) -> None:
     monkeypatch.setattr("kernels.sampling.uniform_bits", lambda seeds, _: np.full_like(seeds, uniform))
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
-    token = sample(logits, [(1.0, *(filters() | extra).values())], [(0, 0)])
+    draws = kernels.plan_draws([(1.0, *(filters() | extra).values())], [(0, 0)], (), logits.device)
+    token = reference.sample(logits, draws)
     assert token.item() == (1 if uniform == 0 else 3)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 
 from worker.batch import SamplingParams
-from worker.sampler import Draw, choose
+from worker.sampler import Draw, start
 
 VOCAB = 211
+
+
+def choose(rows: torch.Tensor, draws: list[Draw]) -> list[int]:
+    return start(rows, draws).tolist()
 
 
 def logits(rows: int, seed: int = 0) -> torch.Tensor:
@@ -18,6 +22,14 @@ def test_greedy_takes_the_largest_and_the_first_of_equals() -> None:
     rows = logits(3)
     rows[1, [7, 9]] = 50.0
     assert choose(rows, [Draw(SamplingParams(), 5)] * 3) == [rows[0].argmax(), 7, rows[2].argmax()]
+
+
+def test_greedy_alone_and_beside_another() -> None:
+    rows = logits(5)
+    rows[2, 4], rows[3] = torch.nan, -torch.inf
+    greedy = [Draw(SamplingParams(), 5)] * 4
+    other = Draw(SamplingParams(temperature=1.0), 5)
+    assert choose(rows[:4], greedy) == choose(rows, [*greedy, other])[:4]
 
 
 def test_banned_tokens_are_not_chosen() -> None:
