@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from kernels import cpu, fixed_order, fixed_plan, reference
 from kernels import plan as host_plan
 from kernels.cpu_calls import num_threads, set_num_threads
-from kernels.cpu_layers import CpuStack, LayerWeights, stack_of
+from kernels.cpu_layers import CpuStack, DecoderWeights, LayerWeights, stack_of
 from kernels.cpu_library import library
 from kernels.cpu_plan import CpuPlan
 from kernels.cpu_weights import PackedWeight
@@ -42,7 +42,7 @@ from kernels.fixed_order import FixedTiles
 from kernels.fixed_plan import FixedPlan
 from kernels.quantize import FORMATS, KV, KVFormat, StoredKV, stored
 from kernels.sampling import Draws, plan_draws
-from kernels.step import Ints
+from kernels.step import Ints, StepNumbers
 
 AttentionPlan = host_plan.AttentionPlan | CpuPlan | DevicePlan | FixedPlan
 Weight = torch.Tensor | PackedWeight | FixedTiles
@@ -52,10 +52,12 @@ __all__ = [
     "KV",
     "AttentionPlan",
     "CpuStack",
+    "DecoderWeights",
     "Draws",
     "KVFormat",
     "LastRows",
     "LayerWeights",
+    "StepNumbers",
     "StoredKV",
     "Weight",
     "add_rms_norm",
@@ -155,23 +157,11 @@ def gated_linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = No
     return weight.times(x, bias) if isinstance(weight, PackedWeight) else silu_mul(linear(x, weight, bias))
 
 
-def stack(
-    embedding: torch.Tensor,
-    layers: Sequence[LayerWeights],
-    norm: torch.Tensor,
-    frequencies: torch.Tensor,
-    *,
-    num_heads: int,
-    head_dim: int,
-    norm_eps: float,
-) -> CpuStack | None:
-    """`embedding[vocab_size, hidden_size]`, packed layers and the norm behind them, for `run_layers`; None where they
-    go operation by operation. `frequencies[head_dim / 2]`: radians per position of each rotary pair; angles are
-    computed in their dtype."""
-    if norm.device.type != "cpu" or _cpu_operations() is not cpu:
+def stack(of: DecoderWeights, *, num_heads: int, head_dim: int, norm_eps: float) -> CpuStack | None:
+    """A decoder for `run_layers` and whole steps; None where it goes operation by operation."""
+    if of.norm.device.type != "cpu" or _cpu_operations() is not cpu:
         return None
-    shape = {"num_heads": num_heads, "head_dim": head_dim}
-    return stack_of(embedding, layers, norm, frequencies, **shape, norm_eps=norm_eps)
+    return stack_of(of, num_heads=num_heads, head_dim=head_dim, norm_eps=norm_eps)
 
 
 def run_layers(

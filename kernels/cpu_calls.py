@@ -107,10 +107,23 @@ class Stack(ctypes.Structure):
         ("layers", ctypes.POINTER(Layer)),
         ("num_layers", Count),
         ("norm", Pointer),
+        ("head", Packed),
         ("hidden_size", Count),
         ("intermediate_size", Count),
         ("norm_eps", ctypes.c_float),
         ("shape", Shape),
+    ]
+
+
+class WholeStep(ctypes.Structure):
+    """A step as one array of numbers, and how it is to be planned."""
+
+    _fields_ = [
+        ("numbers", Pointer),
+        *((name, Count) for name in ("num_seqs", "num_wanted", "num_tokens", "width")),
+        ("windows", Pointer),
+        *((name, Count) for name in ("num_windows", "most_tokens", "most_sequences")),
+        ("spent", Pointer),
     ]
 
 
@@ -126,6 +139,23 @@ class Tokens(ctypes.Structure):
         ("last_teams", Teams),
         ("spent", Pointer),
     ]
+
+
+_REFUSALS: dict[int, tuple[type[Exception], str]] = {
+    1: (MemoryError, "no memory for a step"),
+    2: (ValueError, "a sequence computes at least one token and at most its context"),
+    3: (ValueError, "a block table does not cover its context"),
+    4: (ValueError, "a block table has a hole where it is read"),
+    5: (ValueError, "a block table has a hole where the step writes"),
+    6: (IndexError, "a token id is not in the vocabulary"),
+}
+
+
+def check(verdict: int) -> None:
+    """Raises what a verdict of `plan.h` stands for; 0 is good."""
+    if verdict:
+        kind, words = _REFUSALS[verdict]
+        raise kind(words)
 
 
 @cache
@@ -147,9 +177,11 @@ def native() -> ctypes.CDLL:
         ("pando_attention", "pipppp" + "ii"),
         ("pando_plan", "pp"),
         ("pando_layers", "pppp" + "ii"),
+        ("pando_step", "ppppp" + "ii"),
         ("pando_argmax", "piiipi"),
         ("pando_sample", "pipii" + "pipi"),
     ):
         getattr(found, name).argtypes = [kinds[kind] for kind in arguments]
     found.pando_panel.restype = found.pando_has_bf16.restype = found.pando_plan.restype = Count
+    found.pando_layers.restype = found.pando_step.restype = Count
     return found

@@ -7,6 +7,7 @@ the residual stream stays float32 on the way.
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -14,11 +15,12 @@ from typing import TypeGuard
 import torch
 
 from kernels.cpu import cache_shape
-from kernels.cpu_calls import Frequencies, Layer, Stack, Teams, Tokens, native, num_threads
-from kernels.cpu_plan import CpuPlan
+from kernels.cpu_calls import Frequencies, Layer, Packed, Stack, Teams, Tokens, WholeStep, check, native, num_threads
+from kernels.cpu_plan import CpuPlan, most_together
 from kernels.cpu_weights import PackedWeight
 from kernels.fixed_order import FixedTiles
 from kernels.quantize import KV
+from kernels.step import StepNumbers
 
 Biased = tuple["PackedWeight | FixedTiles | torch.Tensor", "torch.Tensor | None"]
 
@@ -37,34 +39,40 @@ class LayerWeights:
     window: int | None
 
 
-class CpuStack:
-    """Layers of one model as native code takes them. The tensors it was made of must not change after."""
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    """All of a decoder. `frequencies`: radians per position of each rotary pair; angles are computed in their dtype."""
 
-    def __init__(
-        self,
-        embedding: torch.Tensor,
-        layers: Sequence[LayerWeights],
-        norm: torch.Tensor,
-        frequencies: torch.Tensor,
-        *,
-        num_heads: int,
-        head_dim: int,
-        norm_eps: float,
-    ) -> None:
+    embedding: torch.Tensor  # [vocab_size, hidden_size]
+    layers: Sequence[LayerWeights]
+    norm: torch.Tensor  # [hidden_size], behind the layers
+    head: PackedWeight | FixedTiles | torch.Tensor  # vocab_size outputs
+    frequencies: torch.Tensor  # [head_dim / 2]
+
+
+class CpuStack:
+    """A model as native code takes it. The tensors it was made of must not change after."""
+
+    def __init__(self, of: DecoderWeights, *, num_heads: int, head_dim: int, norm_eps: float) -> None:
         self._num_heads, self._head_dim = num_heads, head_dim
-        self._dtype, self._norm = norm.dtype, norm.float()
-        self._embedding, self._frequencies = embedding.contiguous(), frequencies.double()
-        exact = frequencies.dtype == torch.float64
+        self._dtype, self._norm = of.norm.dtype, of.norm.float()
+        self._embedding, self._frequencies = of.embedding.contiguous(), of.frequencies.double()
+        exact = of.frequencies.dtype == torch.float64
         self._rotary = Frequencies(self._frequencies.data_ptr(), exact)
         self._kept: list[object] = []
-        self._layers = (Layer * len(layers))(*(self._layer(layer) for layer in layers))
-        down = layers[0].down[0]
+        self._head = of.head if isinstance(of.head, PackedWeight) and of.head.dtype == of.norm.dtype else None
+        self._windows = array("q", dict.fromkeys(layer.window or 0 for layer in of.layers))
+        self._logits = torch.empty((0, 0))
+        self._layers = (Layer * len(of.layers))(*map(self._layer, of.layers))
+        down = of.layers[0].down[0]
         assert isinstance(down, PackedWeight)
         self._hidden_size, self._intermediate_size = down.outputs, down.inputs
         self._norm_eps = norm_eps
+        self._most_together = (1, 1)
         self._bound: tuple[Sequence[torch.Tensor], Stack, ctypes.Array[ctypes.c_void_p]] | None = None
         self.spent_ns: ctypes.Array[ctypes.c_int64] | None = None
-        """Where set, nanoseconds are added to it: those of products, of attention and of all else."""
+        """Where set, [6], nanoseconds are added to it: of the layers' products, of attention, of all else there, of the
+        head, of the most likely tokens, and of plans."""
 
     def takes(self, layers_kv: Sequence[KV]) -> TypeGuard[Sequence[torch.Tensor]]:
         """Whether the caches are such as native code reads and writes."""
@@ -92,19 +100,47 @@ class CpuStack:
             tokens.last_teams = Teams() if last[1] is None else last[1].struct()
         if self.spent_ns is not None:
             tokens.spent = ctypes.addressof(self.spent_ns)
-        if self._bound is None or self._bound[0] is not layers_kv:
-            self._bound = (layers_kv, *self._bind(layers_kv))
-        _, stack, caches = self._bound
+        stack, caches = self._over(layers_kv)
         pointers = (ctypes.byref(stack), ctypes.byref(tokens), caches, out.data_ptr())
-        failed = native().pando_layers(*pointers, num_threads(), self._dtype == torch.bfloat16)
-        if failed == 1:
-            raise MemoryError("no memory for a step")
-        if failed:
-            raise IndexError("a token id is not in the vocabulary")
+        check(native().pando_layers(*pointers, num_threads(), self._dtype == torch.bfloat16))
         return out
 
-    def _bind(self, layers_kv: Sequence[torch.Tensor]) -> tuple[Stack, ctypes.Array[ctypes.c_void_p]]:
+    def takes_steps(self, layers_kv: Sequence[KV]) -> TypeGuard[Sequence[torch.Tensor]]:
+        """Whether `most_likely` and `logits` can be had over these caches."""
+        return self._head is not None and self.takes(layers_kv)
+
+    def most_likely(self, step: StepNumbers, layers_kv: Sequence[torch.Tensor]) -> list[int]:
+        """Run a whole step, KV written; of each of `step.wanted` the most likely next token, as `kernels.argmax` says.
+        Raises ValueError and IndexError as `kernels.plan_attention` and `kernels.run_layers`."""
+        best = array("q", bytes(8 * step.num_wanted))
+        self._run_step(step, layers_kv, best.buffer_info()[0])
+        return best.tolist()
+
+    def logits(self, step: StepNumbers, layers_kv: Sequence[torch.Tensor]) -> torch.Tensor:
+        """As `most_likely`, with the logits, `[num_wanted, vocab_size]` float32: until the next step."""
+        return self._run_step(step, layers_kv, None)
+
+    def _run_step(self, step: StepNumbers, layers_kv: Sequence[torch.Tensor], best: int | None) -> torch.Tensor:
+        stack, caches = self._over(layers_kv)
+        if len(self._logits) < step.num_wanted:
+            assert self._head is not None
+            self._logits = torch.empty((step.num_wanted, self._head.outputs))
+        whole = WholeStep(step.numbers.buffer_info()[0], step.num_seqs, step.num_wanted, step.num_tokens, step.width)
+        whole.windows, whole.num_windows = self._windows.buffer_info()
+        whole.most_tokens, whole.most_sequences = self._most_together
+        if self.spent_ns is not None:
+            whole.spent = ctypes.addressof(self.spent_ns)
+        pointers = (ctypes.byref(stack), ctypes.byref(whole), caches, self._logits.data_ptr(), best)
+        check(native().pando_step(*pointers, num_threads(), self._dtype == torch.bfloat16))
+        return self._logits[: step.num_wanted]
+
+    def _over(self, layers_kv: Sequence[torch.Tensor]) -> tuple[Stack, ctypes.Array[ctypes.c_void_p]]:
         """The decoder over these caches, which as a rule are those of all steps, and their first elements."""
+        if self._bound is None or self._bound[0] is not layers_kv:
+            self._bound = (layers_kv, *self._bind(layers_kv))
+        return self._bound[1:]
+
+    def _bind(self, layers_kv: Sequence[torch.Tensor]) -> tuple[Stack, ctypes.Array[ctypes.c_void_p]]:
         stack = Stack(
             self._embedding.data_ptr(),
             len(self._embedding),
@@ -112,11 +148,13 @@ class CpuStack:
             self._layers,
             len(self._layers),
             self._norm.data_ptr(),
+            Packed() if self._head is None else self._head.struct(None),
             self._hidden_size,
             self._intermediate_size,
             self._norm_eps,
             cache_shape(layers_kv[0], num_heads=self._num_heads, scale=self._head_dim**-0.5),
         )
+        self._most_together = most_together(self._num_heads, layers_kv[0].shape[2])
         return stack, (ctypes.c_void_p * len(layers_kv))(*(kv.data_ptr() for kv in layers_kv))
 
     def _layer(self, of: LayerWeights) -> Layer:
@@ -130,19 +168,9 @@ class CpuStack:
         return Layer(attention_norm, qkv, qk_norm, output, mlp_norm, gate_up, down, of.window or 0)
 
 
-def stack_of(
-    embedding: torch.Tensor,
-    layers: Sequence[LayerWeights],
-    norm: torch.Tensor,
-    frequencies: torch.Tensor,
-    *,
-    num_heads: int,
-    head_dim: int,
-    norm_eps: float,
-) -> CpuStack | None:
-    """The layers as one, None where native code does not take all of their weights."""
-    weights = [w for of in layers for w, _ in (of.qkv, of.output, of.gate_up, of.down)]
-    if not layers or not all(isinstance(weight, PackedWeight) and weight.dtype == norm.dtype for weight in weights):
+def stack_of(of: DecoderWeights, *, num_heads: int, head_dim: int, norm_eps: float) -> CpuStack | None:
+    """The decoder as one, None where native code does not take all weights of its layers."""
+    weights = [w for layer in of.layers for w, _ in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+    if not weights or not all(isinstance(weight, PackedWeight) and weight.dtype == of.norm.dtype for weight in weights):
         return None
-    shape = {"num_heads": num_heads, "head_dim": head_dim}
-    return CpuStack(embedding, layers, norm, frequencies, **shape, norm_eps=norm_eps)
+    return CpuStack(of, num_heads=num_heads, head_dim=head_dim, norm_eps=norm_eps)

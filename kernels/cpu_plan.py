@@ -13,19 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kernels import plan as host_plan
-from kernels.cpu_calls import PlanAnswer, PlanOrder, Teams, native, num_threads
+from kernels.cpu_calls import PlanAnswer, PlanOrder, Teams, check, native, num_threads
 from kernels.step import Ints
 
 # Query rows (tokens times heads of a group) of a piece of a prompt, and the most of sequences that go together.
 ROWS = 256
 TEAM_ROWS = 512
-
-_REFUSALS = {
-    2: "a sequence computes at least one token and at most its context",
-    3: "a block table does not cover its context",
-    4: "a block table has a hole where it is read",
-    5: "a block table has a hole where the step writes",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +43,12 @@ class CpuPlan:
         return Teams(*pointers, len(self.teams) - 1, self.most_rows, self.tables.shape[1], taken)
 
 
+def most_together(num_heads: int, num_kv_heads: int) -> tuple[int, int]:
+    """The most tokens of a piece, and sequences of a team."""
+    piece, team = (max(1, rows * num_kv_heads // num_heads) for rows in (ROWS, TEAM_ROWS))
+    return piece, team
+
+
 def make_plan(
     query_lens: Sequence[int] | Ints,
     context_lens: Sequence[int] | Ints,
@@ -65,7 +64,7 @@ def make_plan(
     lens, contexts = (np.ascontiguousarray(numbers, dtype=np.int64) for numbers in (query_lens, context_lens))
     tables = np.ascontiguousarray(block_tables, dtype=np.int64)
     seen = np.array([window or 0 for window in windows], dtype=np.int64)
-    piece, team = (max(1, rows * num_kv_heads // num_heads) for rows in (ROWS, TEAM_ROWS))
+    piece, team = most_together(num_heads, num_kv_heads)
     num_tokens = int(lens.sum())
     slots, kept = np.empty(max(num_tokens, 0), dtype=np.int64), np.empty(tables.shape, dtype=np.int32)
     room = len(lens) + max(num_tokens, 0) // piece
@@ -73,8 +72,6 @@ def make_plan(
     of = (*(array.ctypes.data for array in (lens, contexts, tables)), *tables.shape, block_size)
     order = PlanOrder(*of, seen.ctypes.data, len(seen), piece, team, num_kv_heads, num_threads())
     answer = PlanAnswer(*(array.ctypes.data for array in (slots, kept, members, teams)))
-    verdict = native().pando_plan(ctypes.byref(order), ctypes.byref(answer))
-    if verdict:
-        raise ValueError(_REFUSALS[verdict]) if verdict in _REFUSALS else MemoryError("no memory for a step's plan")
+    check(native().pando_plan(ctypes.byref(order), ctypes.byref(answer)))
     count = answer.num_teams
     return CpuPlan(num_tokens, {}, slots, kept, members[: teams[count]], teams[: count + 1], answer.most_rows)

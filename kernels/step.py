@@ -5,6 +5,7 @@ Knows numbers only. Invariant: every query is one of its sequence's context, and
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -72,6 +73,47 @@ class Step:
 
     def tensor(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class StepNumbers:
+    """A step in one array of int64, the parts one after the other: `query_lens[num_seqs]`, `context_lens[num_seqs]`,
+    `wanted[num_wanted]`, `token_ids[num_tokens]`, `block_tables[num_seqs, width]`, padded with -1. `wanted` are the
+    numbers of the sequences, in order, after whose last token something is drawn."""
+
+    numbers: array[int]  # 'q'
+    num_seqs: int
+    num_wanted: int
+    num_tokens: int
+    width: int
+
+    @property
+    def query_lens(self) -> Ints:
+        return self._part(0, self.num_seqs)
+
+    @property
+    def context_lens(self) -> Ints:
+        return self._part(self.num_seqs, self.num_seqs)
+
+    @property
+    def wanted(self) -> Ints:
+        return self._part(2 * self.num_seqs, self.num_wanted)
+
+    @property
+    def token_ids(self) -> Ints:
+        return self._part(2 * self.num_seqs + self.num_wanted, self.num_tokens)
+
+    @property
+    def block_tables(self) -> Ints:
+        first = 2 * self.num_seqs + self.num_wanted + self.num_tokens
+        return self._part(first, self.num_seqs * self.width).reshape(self.num_seqs, self.width)
+
+    def set_token(self, index: int, token_id: int) -> None:
+        """Another id for one of the tokens."""
+        self.numbers[2 * self.num_seqs + self.num_wanted + index] = token_id
+
+    def _part(self, first: int, count: int) -> Ints:
+        return np.frombuffer(self.numbers, np.int64, count, 8 * first)
 
 
 @dataclass(frozen=True, slots=True)

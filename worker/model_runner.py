@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from array import array
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -22,12 +21,13 @@ from pando.errors import ConfigError
 from pando.model_folder import resolve_model
 from pando.settings import WorkerSettings
 from worker import kv_cache, sampler
-from worker.batch import Batch, BlockCopy, SamplingParams, ScheduledSequence
+from worker.batch import Batch, SamplingParams, ScheduledSequence
 from worker.checks import check_kv, check_length
 from worker.cpu_tier import CpuTier
 from worker.graphs import DecodeGraphs, record
 from worker.models.config import ModelConfig, read_config, with_window
 from worker.models.decoder import Decoder, load_decoder
+from worker.native_steps import native_steps
 from worker.runner import ModelSpec, StepInFlight
 from worker.step_inputs import Ints, StepInputs, independent_copies, step_inputs, written_blocks
 from worker.step_stream import StreamStep
@@ -121,6 +121,7 @@ class ModelRunner:
         self._sinks = {} if config.sink_window is None else {config.sink_window: config.sinks}
         # A CUDA stream is what a thread is elsewhere: launching waits for nothing.
         self._thread = None if self._device.type == "cuda" else ThreadPoolExecutor(1, "step")
+        self._native = native_steps(decoder, cache)
         self._none_drawn = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._drawn = self._none_drawn
 
@@ -130,22 +131,22 @@ class ModelRunner:
 
     def execute(self, batch: Batch) -> list[int]:
         """Run the step; one token id for each sequence that has `sampling`, in batch order."""
-        drawn: list[int] = self._run(self._prepared(batch)).tolist()
-        return drawn
+        return self._tokens(self._prepared(batch))
 
     def launch(self, batch: Batch) -> StepInFlight:
         """The step goes to the device's stream; where that is the CPU, to a thread of its own."""
         step = self._prepared(batch)
         if self._thread is None:
             return StreamStep(self._run(step))
-        return ThreadStep(self._thread.submit(lambda: self._run(step).tolist()))
+        return ThreadStep(self._thread.submit(lambda: self._tokens(step)))
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:
         """Run the step and return the logits after every token of it, `[num_tokens, vocab_size]` float32 on the CPU:
         for tests and for perplexity; nothing is sampled."""
         inputs = self._prepared(batch)
-        hidden = self._hidden(inputs, self._tensor(inputs.token_ids), None)
+        self._copy_blocks(inputs)
+        hidden = self._hidden(inputs, self._tensor(inputs.step.token_ids), None)
         return self.decoder.logits(hidden).cpu()
 
     def close(self) -> None:
@@ -155,7 +156,7 @@ class ModelRunner:
             self._thread.shutdown()
         if self.mover is not None:
             self.mover.close()
-        self._decoder = None
+        self._decoder = self._native = None
         self._cache = None
         self.graphs = None
         if self._device.type == "cuda":
@@ -180,49 +181,56 @@ class ModelRunner:
             self.mover.before_writes(written_blocks(batch, self.spec.block_size))
         return step_inputs(batch, self.spec)
 
+    def _tokens(self, step: StepInputs) -> list[int]:
+        """What is drawn, when it is known."""
+        if self._native is None:
+            drawn: list[int] = self._run(step).tolist()
+            return drawn
+        self._copy_blocks(step)
+        return self._native.run(step)
+
     @torch.inference_mode()
-    def _run(self, step: StepInputs) -> torch.Tensor:
+    def _run(self, inputs: StepInputs) -> torch.Tensor:
         """What is drawn, int64 on the device. Does not wait for it."""
         drawn, self._drawn = self._drawn, self._none_drawn
-        token_ids = self._tensor(step.token_ids)
-        if len(step.followed):
-            followed = step.followed[step.followed[:, 1] < len(drawn)]  # none is, of a step that failed
-            at = self._tensor(followed)
+        token_ids = self._tensor(inputs.step.token_ids)
+        followed = [pair for pair in inputs.followed if pair[1] < len(drawn)]  # none is, of a step that failed
+        if followed:
+            at = self._tensor(np.array(followed, dtype=np.int64))
             token_ids[at[:, 0]] = drawn[at[:, 1]]
-        hidden = self._hidden(step, token_ids, step.wanted)
-        if step.draws:
-            if step.drawn_from is not None:  # forks draw from one row
-                hidden = hidden.index_select(0, self._tensor(step.drawn_from))
-            self._drawn = sampler.start(self.decoder.logits(hidden), step.draws)
+        self._copy_blocks(inputs)
+        hidden = self._hidden(inputs, token_ids, inputs.step.wanted)
+        if inputs.draws:
+            if inputs.drawn_from is not None:  # forks draw from one row
+                hidden = hidden.index_select(0, self._tensor(np.array(inputs.drawn_from)))
+            self._drawn = sampler.start(self.decoder.logits(hidden), inputs.draws)
         return self._drawn
 
     def _hidden(self, inputs: StepInputs, token_ids: torch.Tensor, wanted: Ints | None) -> torch.Tensor:
         """After the last token of each of the `wanted` sequences, by their number in the batch, or after all tokens."""
-        cache = self.cache
-        for copies in independent_copies(inputs.copies):
-            self._copy(cache, copies)
+        cache, step = self.cache, inputs.step
         rows = None if wanted is None else inputs.query_ends[wanted] - 1
         if self.graphs is not None and rows is not None:
-            followed = token_ids if len(inputs.followed) else None
-            lens = (inputs.query_lens, inputs.context_lens)
-            replayed = self.graphs.hidden(inputs.token_ids, *lens, inputs.block_tables, followed=followed)
+            followed = token_ids if inputs.followed else None
+            lens = (step.query_lens, step.context_lens)
+            replayed = self.graphs.hidden(step.token_ids, *lens, step.block_tables, followed=followed)
             if replayed is not None:
                 return replayed.index_select(0, self._tensor(rows))
-        plan = self._plan(inputs.query_lens, inputs.context_lens, inputs.block_tables)
-        whole = rows is None or len(rows) == len(inputs.token_ids)
+        plan = self._plan(step.query_lens, step.context_lens, step.block_tables)
+        whole = rows is None or len(rows) == step.num_tokens
         last = None
         if rows is not None and wanted is not None and not whole and self._device.type == "cpu":
-            last = kernels.LastRows(self._tensor(rows), self._plan_last(inputs, wanted))
+            last = kernels.LastRows(self._tensor(rows), self._plan_last(step, wanted))
         hidden = self.decoder.hidden(token_ids, self._tensor(inputs.positions), cache.layers, plan, last)
         if rows is None or whole or last is not None:
             return hidden
         return hidden.index_select(0, self._tensor(rows))
 
-    def _plan_last(self, inputs: StepInputs, wanted: Ints) -> kernels.AttentionPlan | None:
+    def _plan_last(self, step: kernels.StepNumbers, wanted: Ints) -> kernels.AttentionPlan | None:
         """Of the last token alone of these sequences, which is all that the last layer has to attend for."""
         if not len(wanted):
             return None
-        return self._plan(np.ones_like(wanted), inputs.context_lens[wanted], inputs.block_tables[wanted])
+        return self._plan(np.ones_like(wanted), step.context_lens[wanted], step.block_tables[wanted])
 
     def _plan(self, query_lens: Ints, context_lens: Ints, block_tables: Ints) -> kernels.AttentionPlan:
         return kernels.plan_attention(
@@ -236,9 +244,10 @@ class ModelRunner:
             deterministic=self._deterministic,
         )
 
-    def _copy(self, cache: kv_cache.KVCache, copies: Sequence[BlockCopy]) -> None:
-        pairs = self._tensor(np.array([(copy.source, copy.target) for copy in copies], dtype=np.int64))
-        kernels.copy_blocks(cache.blocks, pairs[:, 0], pairs[:, 1])
+    def _copy_blocks(self, inputs: StepInputs) -> None:
+        for copies in independent_copies(inputs.copies):
+            pairs = self._tensor(np.array([(copy.source, copy.target) for copy in copies], dtype=np.int64))
+            kernels.copy_blocks(self.cache.blocks, pairs[:, 0], pairs[:, 1])
 
     def _tensor(self, values: Ints) -> torch.Tensor:
         there = torch.from_numpy(values)

@@ -24,10 +24,15 @@ class Draw:
     banned_token_ids: tuple[int, ...] = ()
 
 
+def is_greedy(draws: Sequence[Draw]) -> bool:
+    """Whether the most likely token is drawn of every row."""
+    return not any(draw.params.temperature or draw.banned_token_ids for draw in draws)
+
+
 def start(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     """A token id for each row of `logits[len(draws), vocab_size]` (float32; changed where tokens are banned):
     `[len(draws)]` int64, where the logits are. Does not wait for the device."""
-    if all(not draw.params.temperature and not draw.banned_token_ids for draw in draws):
+    if is_greedy(draws):
         return kernels.argmax(logits)
     params = [draw.params for draw in draws]
     ways = [(way.temperature, way.top_k, way.top_p, way.min_p) for way in params]

@@ -5,14 +5,16 @@ Knows numbers only. Nothing of the batch is read after they are made.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
-from worker.batch import Batch, BlockCopy
+from kernels import StepNumbers
+from worker.batch import Batch, BlockCopy, ScheduledSequence
 from worker.runner import ModelSpec
 from worker.sampler import Draw
 
@@ -23,42 +25,43 @@ Ints = npt.NDArray[np.int64]
 class StepInputs:
     """Tokens of all sequences packed in order; copies come first."""
 
-    token_ids: Ints  # [num_tokens]
-    positions: Ints  # [num_tokens]
-    query_lens: Ints  # [num_seqs]
-    query_ends: Ints  # [num_seqs], of num_tokens
-    context_lens: Ints  # [num_seqs]
-    block_tables: Ints  # [num_seqs, max_blocks]
+    step: StepNumbers
     copies: tuple[BlockCopy, ...]
     draws: list[Draw]
-    wanted: Ints  # after which of the sequences something is drawn
-    drawn_from: Ints | None  # [num_draws]: after which of `wanted` each is; None: after each of them one
-    followed: Ints  # [num_followed, 2]: which of the packed tokens the step before draws, and as which draw
+    drawn_from: list[int] | None
+    """[num_draws]: after which of `step.wanted` each is; None: after each of them one."""
+    followed: list[tuple[int, int]]
+    """Which of the packed tokens the step before draws, and as which draw."""
+
+    @property
+    def query_ends(self) -> Ints:
+        """[num_seqs], of num_tokens."""
+        return np.cumsum(self.step.query_lens)
+
+    @property
+    def positions(self) -> Ints:
+        """[num_tokens]."""
+        step, ends = self.step, self.query_ends
+        return np.arange(step.num_tokens) + np.repeat(step.context_lens - ends, step.query_lens)
 
 
 def step_inputs(batch: Batch, spec: ModelSpec) -> StepInputs:
-    """All index arrays of a step, each made in one go."""
+    """All numbers of a step. Plain lists on purpose: between two steps of a large model no library is in the cache, and
+    a function of NumPy takes as long as dozens of lines here."""
     sequences = batch.sequences
-    query_lens = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int64)
-    query_ends = np.cumsum(query_lens)
-    tokens = chain.from_iterable(sequence.token_ids for sequence in sequences)
-    token_ids = np.fromiter(tokens, np.int64, query_ends[-1])
-    starts = np.array([sequence.start for sequence in sequences], dtype=np.int64)
-    context_lens = starts + query_lens
     draws, wanted, drawn_from = _draws(batch)
-    return StepInputs(
-        token_ids=token_ids,
-        positions=np.arange(len(token_ids)) + np.repeat(starts - query_ends + query_lens, query_lens),
-        query_lens=query_lens,
-        query_ends=query_ends,
-        context_lens=context_lens,
-        block_tables=_block_tables(batch, context_lens, spec),
-        copies=batch.copies,
-        draws=draws,
-        wanted=wanted,
-        drawn_from=drawn_from,
-        followed=_followed(batch, query_ends),
-    )
+    lens = [len(sequence.token_ids) for sequence in sequences]
+    contexts = [sequence.start + count for sequence, count in zip(sequences, lens, strict=True)]
+    numbers = array("q", [*lens, *contexts, *wanted])
+    for sequence in sequences:
+        numbers.fromlist(sequence.token_ids.tolist())
+    widths = [-(-context // spec.block_size) for context in contexts]
+    most = max(widths)
+    for sequence, width in zip(sequences, widths, strict=True):
+        numbers.fromlist(_table(sequence, width, spec))
+        numbers.fromlist([-1] * (most - width))
+    step = StepNumbers(numbers, len(lens), len(wanted), sum(lens), most)
+    return StepInputs(step, batch.copies, draws, drawn_from, _followed(batch))
 
 
 def written_blocks(batch: Batch, block_size: int) -> Iterator[int]:
@@ -83,17 +86,13 @@ def independent_copies(copies: Sequence[BlockCopy]) -> Iterator[list[BlockCopy]]
         yield run
 
 
-def _block_tables(batch: Batch, context_lens: Ints, spec: ModelSpec) -> Ints:
-    widths = (-(-context_lens // spec.block_size)).tolist()
-    block_tables = np.full((len(batch.sequences), max(widths)), -1, dtype=np.int64)
-    for row, (sequence, width) in enumerate(zip(batch.sequences, widths, strict=True)):
-        sinks, first = _read_blocks(sequence.start, spec)
-        if first > sinks:
-            block_tables[row, :sinks] = sequence.block_ids[:sinks]
-        else:
-            first = 0
-        block_tables[row, first:width] = sequence.block_ids[first:width]
-    return block_tables
+def _table(sequence: ScheduledSequence, width: int, spec: ModelSpec) -> list[int]:
+    """The first `width` blocks, -1 for those that no query reads."""
+    sinks, first = _read_blocks(sequence.start, spec)
+    blocks = sequence.block_ids
+    if first <= sinks:
+        return list(blocks[:width])
+    return [*blocks[:sinks], *[-1] * (first - sinks), *blocks[first:width]]
 
 
 def _read_blocks(start: int, spec: ModelSpec) -> tuple[int, int]:
@@ -102,7 +101,7 @@ def _read_blocks(start: int, spec: ModelSpec) -> tuple[int, int]:
     return -(-spec.sinks // spec.block_size), first
 
 
-def _draws(batch: Batch) -> tuple[list[Draw], Ints, Ints | None]:
+def _draws(batch: Batch) -> tuple[list[Draw], list[int], list[int] | None]:
     """What to sample, after which of the sequences by their number in the batch, and after which of these each is."""
     draws: list[Draw] = []
     wanted: list[int] = []
@@ -113,11 +112,12 @@ def _draws(batch: Batch) -> tuple[list[Draw], Ints, Ints | None]:
             drawn_from.append(len(wanted))
         if sequence.draws:
             wanted.append(index)
-    forked = None if len(draws) == len(wanted) else np.array(drawn_from, dtype=np.int64)
-    return draws, np.array(wanted, dtype=np.int64), forked
+    return draws, wanted, None if len(draws) == len(wanted) else drawn_from
 
 
-def _followed(batch: Batch, query_ends: Ints) -> Ints:
-    shares = enumerate(batch.sequences)
-    pairs = [(query_ends[at] - 1, share.follows) for at, share in shares if share.follows is not None]
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+def _followed(batch: Batch) -> list[tuple[int, int]]:
+    if all(share.follows is None for share in batch.sequences):
+        return []
+    ends = accumulate(len(share.token_ids) for share in batch.sequences)
+    pairs = zip(ends, batch.sequences, strict=True)
+    return [(end - 1, share.follows) for end, share in pairs if share.follows is not None]

@@ -33,9 +33,11 @@ BATCHES = (1, 16)
 
 LINEAR, ATTENTION, ROWS = "linear", "attention", "norms, rotary, KV writes, gate"
 HEAD, SAMPLING, PLANNING = "logits head", "sampling", "planning"
-OTHER_KERNELS, RUNNER, ENGINE = "other kernels", "runner: arrays, embedding, rows", "scheduler and engine"
+OTHER_KERNELS, RUNNER, ENGINE = "other kernels", "runner: arrays", "scheduler and engine"
 PARTS = (LINEAR, ATTENTION, ROWS, HEAD, SAMPLING, PLANNING, OTHER_KERNELS, RUNNER, ENGINE)
 
+# What native code says of its time, in order.
+_NATIVE = (LINEAR, ATTENTION, ROWS, HEAD, SAMPLING, PLANNING)
 _KERNELS = {
     "linear": LINEAR,
     "gated_linear": LINEAR,
@@ -85,37 +87,25 @@ class Timers:
 
         return timed
 
-    def whole(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        """`run` with a timer that leaves out the parts within."""
+    def step(self, run: Callable[[ModelRunner, Any], Any]) -> Callable[[ModelRunner, Any], Any]:
+        """`ModelRunner.execute` with a timer that leaves out the parts within, and native code's own times."""
 
         @wraps(run)
-        def timed(*args: Any, **options: Any) -> Any:
+        def timed(runner: ModelRunner, batch: Any) -> Any:
             before = sum(self._seconds.values())
+            stack = runner.decoder.stack
+            spent = (ctypes.c_int64 * len(_NATIVE))()
+            if stack is not None:
+                stack.spent_ns = spent
             began = time.perf_counter()
             try:
-                return run(*args, **options)
+                return run(runner, batch)
             finally:
-                self._seconds[name] += time.perf_counter() - began - (sum(self._seconds.values()) - before)
-
-        return timed
-
-    def layers(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """`run_layers` with the layers' own times; what is left of it is the runner's."""
-
-        @wraps(run)
-        def timed(stack: kernels.CpuStack | None, *args: Any, **options: Any) -> Any:
-            if stack is None:
-                return None
-            stack.spent_ns = (ctypes.c_int64 * 3)()
-            began = time.perf_counter()
-            try:
-                return run(stack, *args, **options)
-            finally:
-                spent = [nanoseconds / 1e9 for nanoseconds in stack.spent_ns]
-                for part, seconds in zip((LINEAR, ATTENTION, ROWS), spent, strict=True):
-                    self._seconds[part] += seconds
-                self._seconds[RUNNER] += time.perf_counter() - began - sum(spent)
-                stack.spent_ns = None
+                for part, nanoseconds in zip(_NATIVE, spent, strict=True):
+                    self._seconds[part] += nanoseconds / 1e9
+                self._seconds[RUNNER] += time.perf_counter() - began - (sum(self._seconds.values()) - before)
+                if stack is not None:
+                    stack.spent_ns = None
 
         return timed
 
@@ -138,9 +128,7 @@ def timed_faces(timers: Timers) -> Iterator[None]:
     with ExitStack() as parts:
         for owner, name, part in faces:
             parts.enter_context(mock.patch.object(owner, name, timers.part(part, getattr(owner, name))))
-        parts.enter_context(mock.patch.object(kernels, "run_layers", timers.layers(kernels.run_layers)))
-        whole = timers.whole(RUNNER, ModelRunner.execute)
-        parts.enter_context(mock.patch.object(ModelRunner, "execute", whole))
+        parts.enter_context(mock.patch.object(ModelRunner, "execute", timers.step(ModelRunner.execute)))
         yield
 
 

@@ -1,6 +1,5 @@
 #include "layers.h"
 
-#include <chrono>
 #include <cstdlib>
 
 // What lies between the layers' operations, of one step.
@@ -17,23 +16,6 @@ INLINE void gather(const float *from, int64_t width, const int64_t *last, int64_
     for (int64_t row = 0; row < num_last; row++)
         memcpy(into + row * count, from + last[row] * width, count * sizeof(float));
 }
-
-enum Kind { PRODUCT, ATTENTION, REST };
-
-// Adds up what the caller's time went to, where somebody wants to know.
-struct Watch {
-    typedef std::chrono::steady_clock Clock;
-    int64_t *spent;
-    Clock::time_point last = spent ? Clock::now() : Clock::time_point();
-
-    // All since the last call was of this kind.
-    void was(Kind kind) {
-        if (!spent) return;
-        const Clock::time_point now = Clock::now();
-        spent[kind] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - last).count();
-        last = now;
-    }
-};
 
 template <class T>
 static bool run(const Stack &stack, const Tokens &tokens, T *const *caches, const Between<T> &by, T *out,
@@ -88,13 +70,13 @@ INLINE T *part(char **rest, int64_t count) {
 }
 
 template <class T>
-static int layers(const Stack &stack, const Tokens &tokens, T *const *caches, T *out, int64_t threads) {
+static Verdict layers(const Stack &stack, const Tokens &tokens, T *const *caches, T *out, int64_t threads) {
     const Shape &shape = stack.shape;
     const int64_t rows = tokens.rows, last = tokens.last ? tokens.num_last : 0, width = head_width(shape);
     const int64_t numbers = rows * (2 * width + 2 * stack.hidden_size + 2 * shape.head_dim + stack.intermediate_size) +
                             last * (width + stack.hidden_size) + 9 * 16;
     char *memory = (char *)aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64), *rest = memory;
-    if (!memory) return 1;
+    if (!memory) return NO_MEMORY;
     Between<T> by;
     by.residual = part<float>(&rest, rows * stack.hidden_size);
     by.cos = part<float>(&rest, rows * shape.head_dim);
@@ -107,16 +89,19 @@ static int layers(const Stack &stack, const Tokens &tokens, T *const *caches, T 
     by.gated = part<T>(&rest, rows * stack.intermediate_size);
     const bool done = run<T>(stack, tokens, caches, by, out, threads);
     free(memory);
-    return done ? 0 : 1;
+    return done ? GOOD : NO_MEMORY;
 }
 
-// Returns 0, 1 where there is no memory, 2 where a token id is not of the vocabulary. `caches` are the layers' first elements; `out[rows or num_last, hidden]`.
-extern "C" int pando_layers(const Stack *stack, const Tokens *tokens, void *const *caches, void *out, int64_t threads,
-                            int64_t half) {
-    for (int64_t row = 0; row < tokens->rows; row++)
-        if (tokens->token_ids[row] < 0 || tokens->token_ids[row] >= stack->vocab_size) return 2;
+Verdict run_layers(const Stack &stack, const Tokens &tokens, void *const *caches, void *out, int64_t threads, bool half) {
+    for (int64_t row = 0; row < tokens.rows; row++)
+        if (tokens.token_ids[row] < 0 || tokens.token_ids[row] >= stack.vocab_size) return UNKNOWN_TOKEN;
 #if HAS_BF16
-    if (half) return layers<bf16>(*stack, *tokens, (bf16 *const *)caches, (bf16 *)out, threads);
+    if (half) return layers<bf16>(stack, tokens, (bf16 *const *)caches, (bf16 *)out, threads);
 #endif
-    return layers<float>(*stack, *tokens, (float *const *)caches, (float *)out, threads);
+    return layers<float>(stack, tokens, (float *const *)caches, (float *)out, threads);
+}
+
+extern "C" int64_t pando_layers(const Stack *stack, const Tokens *tokens, void *const *caches, void *out,
+                                int64_t threads, int64_t half) {
+    return run_layers(*stack, *tokens, caches, out, threads, half);
 }

@@ -1,32 +1,11 @@
 // Whose queries of a step go through the cache together: pieces of prompts alone, sequences that decode in teams of those
 // that begin with the same block.
+#include "plan.h"
+
 #include <algorithm>
+#include <cstring>
 #include <new>
 #include <vector>
-
-#include "ops.h"
-
-// What is asked. A window of 0 is none.
-struct Order {
-    const int64_t *query_lens, *context_lens;  // [num_seqs]
-    const int64_t *tables;  // [num_seqs, stride]
-    int64_t num_seqs, stride, block_size;
-    const int64_t *windows;
-    int64_t num_windows;
-    int64_t most_tokens, most_sequences;  // of a piece, of a team
-    int64_t num_kv_heads, threads;
-};
-
-// Where the answer goes: `members` has room for `num_seqs + num_tokens / most_tokens`, `teams` for one more.
-struct Answer {
-    int64_t *slots;  // [num_tokens]
-    int32_t *tables;  // [num_seqs, stride]
-    Member *members;
-    int64_t *teams;
-    int64_t num_teams, most_rows;
-};
-
-enum Verdict { GOOD, NO_MEMORY, BAD_LENGTHS, SHORT_TABLE, HOLE_READ, HOLE_WRITTEN };
 
 // One sequence's table and slots, checked: nothing may be followed that is no block.
 static Verdict check(const Order &order, int64_t sequence, int64_t first_row, const Answer &answer) {
@@ -90,7 +69,7 @@ static void write(Grouped &teams, Answer &answer) {
     }
 }
 
-static Verdict plan(const Order &order, Answer &answer) {
+static Verdict planned(const Order &order, Answer &answer) {
     Grouped teams;
     std::vector<Member> single;
     int64_t row = 0;
@@ -108,10 +87,12 @@ static Verdict plan(const Order &order, Answer &answer) {
     return GOOD;
 }
 
-extern "C" int64_t pando_plan(const Order *order, Answer *answer) {
+Verdict plan(const Order &order, Answer &answer) {
     try {
-        return plan(*order, *answer);
+        return planned(order, answer);
     } catch (const std::bad_alloc &) {
         return NO_MEMORY;
     }
 }
+
+extern "C" int64_t pando_plan(const Order *order, Answer *answer) { return plan(*order, *answer); }

@@ -139,11 +139,9 @@ def load_decoder(config: ModelConfig, checkpoint: Checkpoint, pack: Pack = kerne
         dtype=checkpoint.dtype,
         endless=config.window is not None,
     )
+    weights = [layer.weights() for layer in layers]
     stack = kernels.stack(
-        embedding,
-        [layer.weights() for layer in layers],
-        norm,
-        rotary.frequencies,
+        kernels.DecoderWeights(embedding, weights, norm, head.weight, rotary.frequencies),
         num_heads=config.num_heads,
         head_dim=config.head_dim,
         norm_eps=config.norm_eps,

@@ -54,6 +54,7 @@ class Recorded:
         self.rows: dict[int, list[torch.Tensor]] = defaultdict(list)
         self._step: list[torch.Tensor] = []
         patch.setattr(model_runner.sampler, "start", self._start)
+        patch.setattr(model_runner.sampler, "is_greedy", lambda draws: not draws)  # else native steps show no logits
 
     def execute(self, batch: Batch) -> list[int]:
         tokens = self._runner.execute(batch)
