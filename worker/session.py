@@ -7,7 +7,8 @@ the oldest go; so a slow router gets fewer, larger messages.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from kvstore.ledger import Listener, SnapshotPart, Told
 from worker.engine import Load
@@ -17,16 +18,14 @@ MAX_PENDING_EVENTS = 1024
 MAX_PENDING_PONGS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(NamedTuple):
     """The router's own name of a sequence."""
 
     sequence: int
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class News:
+class News(NamedTuple):
     """All that a session has to say at one moment."""
 
     outputs: dict[Attempt, SequenceOutput]
