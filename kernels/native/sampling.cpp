@@ -328,7 +328,8 @@ static bool narrow(const List &list, List &part, int32_t *bins, bool by_weight, 
     return true;
 }
 
-// The fewest first tokens of the ranking of `list` that come to `goal`, in weight or in number; all if they do not.
+// The fewest first tokens of the ranking of `list`, one at least, that come to `goal`, in weight or in number; all if
+// they do not.
 static Cut cut_of(Room &room, bool by_weight, int64_t goal) {
     const List *list = &room.list;
     while (list->count > FEW && narrow(*list, room.part, room.bins, by_weight, goal)) list = &room.part;
@@ -373,7 +374,7 @@ static int64_t draw_of_ranking(const Row &row) {
     if (row.top_k) {
         least = guide(row, lowest, (double)goal, [](int64_t) { return splat(1.0f); });
     } else {
-        goal = std::max<int64_t>(1, portion(row.top_p, weigh_blocks(row, 0)));
+        goal = portion(row.top_p, weigh_blocks(row, 0));
         for (int64_t at = 0; at < row.groups() * LANES; at += LANES)
             store(room.weighed + at, weights(load(room.maxima + at), row.softmax));
         least = guide(row, lowest, (double)goal, [&](int64_t at) { return load(room.weighed + at); });
@@ -382,7 +383,7 @@ static int64_t draw_of_ranking(const Row &row) {
     if (least > lowest && (row.top_k ? list.count : list.mass) < goal) gather(row, lowest);
     if (row.top_k) {
         keep(room, cut_of(room, false, goal), row.top_p < ALL ? 0 : row.least);
-        goal = std::max<int64_t>(1, portion(row.top_p, list.mass));
+        goal = portion(row.top_p, list.mass);
     }
     if (row.top_p < ALL) keep(room, cut_of(room, true, goal), row.least);
     int64_t target = portion(row.uniform, list.mass), block = 0;
