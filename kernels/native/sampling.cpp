@@ -315,14 +315,21 @@ static bool narrow(const List &list, List &part, int32_t *bins, bool by_weight, 
     int32_t bin = 0;
     while (bin < BINS - 1 && goal > sums[bin]) goal -= sums[bin++];
     int64_t count = 0;
-    for (int64_t at = 0; at < list.count; at++)
-        if (bins[at] == bin) part.put(count++, list, at);
+    for (int64_t at = 0; at < list.count; at += LANES) {
+        ivec here;
+        memcpy(&here, bins + at, sizeof here);
+        for (uint32_t found = lanes_of(here == bin); found; found &= found - 1) {
+            const int64_t from = at + __builtin_ctz(found);
+            if (from < list.count) part.put(count++, list, from);
+        }
+    }
     part.count = count;
     part.fill_up();
     return true;
 }
 
-// The fewest first tokens of the ranking of `list` that come to `goal`, in weight or in number; all if they do not.
+// The fewest first tokens of the ranking of `list`, one at least, that come to `goal`, in weight or in number; all if
+// they do not.
 static Cut cut_of(Room &room, bool by_weight, int64_t goal) {
     const List *list = &room.list;
     while (list->count > FEW && narrow(*list, room.part, room.bins, by_weight, goal)) list = &room.part;
@@ -339,7 +346,8 @@ static Cut cut_of(Room &room, bool by_weight, int64_t goal) {
 }
 
 // Take the weight from the tokens of the list that are behind the cut, or weigh less than `least`.
-static void keep(List &list, Cut last, float least) {
+static void keep(Room &room, Cut last, float least) {
+    List &list = room.list;
     list.mass = 0;
     for (int64_t begin = 0; begin < list.count; begin += BLOCK) {
         Sum sum;
@@ -352,7 +360,7 @@ static void keep(List &list, Cut last, float least) {
             store(list.weights + at, kept);
             sum.add(kept);
         }
-        list.mass += sum.total();
+        list.mass += room.blocks[begin / BLOCK] = sum.total();
     }
 }
 
@@ -366,7 +374,7 @@ static int64_t draw_of_ranking(const Row &row) {
     if (row.top_k) {
         least = guide(row, lowest, (double)goal, [](int64_t) { return splat(1.0f); });
     } else {
-        goal = std::max<int64_t>(1, portion(row.top_p, weigh_blocks(row, 0)));
+        goal = portion(row.top_p, weigh_blocks(row, 0));
         for (int64_t at = 0; at < row.groups() * LANES; at += LANES)
             store(room.weighed + at, weights(load(room.maxima + at), row.softmax));
         least = guide(row, lowest, (double)goal, [&](int64_t at) { return load(room.weighed + at); });
@@ -374,11 +382,13 @@ static int64_t draw_of_ranking(const Row &row) {
     gather(row, least);
     if (least > lowest && (row.top_k ? list.count : list.mass) < goal) gather(row, lowest);
     if (row.top_k) {
-        keep(list, cut_of(room, false, goal), row.top_p < ALL ? 0 : row.least);
-        goal = std::max<int64_t>(1, portion(row.top_p, list.mass));
+        keep(room, cut_of(room, false, goal), row.top_p < ALL ? 0 : row.least);
+        goal = portion(row.top_p, list.mass);
     }
-    if (row.top_p < ALL) keep(list, cut_of(room, true, goal), row.least);
-    int64_t target = portion(row.uniform, list.mass), at = 0;
+    if (row.top_p < ALL) keep(room, cut_of(room, true, goal), row.least);
+    int64_t target = portion(row.uniform, list.mass), block = 0;
+    while (target >= room.blocks[block]) target -= room.blocks[block++];
+    int64_t at = block * BLOCK;
     while ((target -= (int64_t)list.weights[at]) >= 0) at++;
     return list.ids[at];
 }

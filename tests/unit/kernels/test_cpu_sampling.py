@@ -137,6 +137,25 @@ def test_a_banned_token_that_is_not_there_is_refused(banned: tuple[int, int]) ->
         cpu_sampling.sample(torch.zeros(1, 7), draws)
 
 
+@native
+@pytest.mark.parametrize("scale", [1.0, 1.25 * 1.4426950408889634])
+def test_weights_to_the_last_bit(scale: float) -> None:
+    """Equal tokens can be drawn where `min_p` asks for all that each weighs, and not where it asks for one more."""
+    values = -np.random.default_rng(5).uniform(0, 5, 1000).astype(np.float32)
+    factor = np.full(1, scale, dtype=np.float32)
+    weight = sampling.weights(values[None, :], np.zeros(1, dtype=np.float32), factor)[0]
+    logits = torch.from_numpy(np.repeat(values[:, None], 41, axis=1))
+    logits[:, 40] = 0.0
+    rows = torch.zeros((len(values), sampling.COLUMNS), dtype=torch.int64)
+    rows[:, sampling.SCALE], rows[:, sampling.TOP_P] = int(factor.view(np.int32)[0]), sampling.ALL
+    rows[:, sampling.SEED], nothing = torch.arange(len(values)), torch.zeros((0, 2), dtype=torch.int64)
+    for more in (0, 1):
+        rows[:, sampling.MIN_P] = torch.from_numpy(weight + more)
+        found = cpu_sampling.sample(logits, kernels.Draws(rows, nothing))
+        assert torch.equal(found, sampling.sample(logits, kernels.Draws(rows, nothing)))
+        assert bool((found < 40).any()) != bool(more)
+
+
 @pytest.mark.parametrize("architecture", BUILDS)
 def test_no_vectors_are_fused(architecture: str, compiler: str, tmp_path: Path) -> None:
     """A product and a sum that are rounded once together; what is fused of single numbers is compared alone."""

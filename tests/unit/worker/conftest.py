@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -152,7 +153,7 @@ class World:
         if batch is not None:
             self.scheduler.complete(batch, self.runner.execute(batch))
         elif self.offload is not None and self.offload.num_moving:
-            self.now += 0.001
+            self._await_move()
             return True
         self._take()
         return batch is not None
@@ -168,10 +169,15 @@ class World:
             self._take()
             return True
         if self.offload is not None and self.offload.num_moving:
-            self.now += 0.001
+            self._await_move()
             return True
         self._take()
         return False
+
+    def _await_move(self) -> None:
+        """A turn in which only copies between the tiers go on: their thread must get to run, or turns run out."""
+        time.sleep(1e-4)
+        self.now += 0.001
 
     def _schedule(self) -> Batch | None:
         if self.offload is not None:
