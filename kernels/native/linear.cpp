@@ -1,22 +1,32 @@
 // `x @ weight.T + bias` over a weight packed in panels, for one row as for many.
+#include <algorithm>
+
 #include "ops.h"
 
 // Rows whose inputs stay in a core's cache while the panels pass by: a multiple of every MOST_ROWS.
 static const int64_t ROWS_AT_ONCE = 96;
+// With few rows, where reading the panels is what takes time, a thread takes so many floats of them that follow one
+// another, if that leaves some parts for each: what it asks for ahead is its own then, and not the next thread's.
+static const int64_t RUN = 32768, PARTS_EACH = 2;
 
 // `finish(first row, rows, panel, sums[rows][PANEL])` for every part of the product.
 template <class T, class Finish>
 INLINE void product(const float *x, int64_t x_stride, const Packed &weight, int64_t rows, int64_t threads,
                     Finish finish) {
-    const int64_t num_panels = (weight.columns + PANEL - 1) / PANEL;
+    const int64_t num_panels = (weight.columns + PANEL - 1) / PANEL, size = weight.depth * PANEL;
     const int64_t groups = (rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-    parts(groups * num_panels, threads, [&](int64_t index) {
-        const int64_t first = index / num_panels * ROWS_AT_ONCE, panel = index % num_panels;
+    const int64_t fair = std::max<int64_t>(num_panels / (PARTS_EACH * threads), 1);
+    const int64_t run = groups > 1 ? 1 : std::clamp<int64_t>(RUN / size, 1, fair);
+    const int64_t runs = (num_panels + run - 1) / run;
+    parts(groups * runs, threads, [&](int64_t index) {
+        const int64_t first = index / runs * ROWS_AT_ONCE, begin = index % runs * run;
         const int64_t some = rows - first < ROWS_AT_ONCE ? rows - first : ROWS_AT_ONCE;
         float sums[ROWS_AT_ONCE * PANEL];
-        tiles<T, true>(some, x + first * x_stride, x_stride, weight.panels + panel * weight.depth * PANEL, weight.depth,
-                       sums, PANEL, nullptr);
-        finish(first, some, panel, sums);
+        for (int64_t panel = begin; panel < begin + run && panel < num_panels; panel++) {
+            tiles<T, true>(some, x + first * x_stride, x_stride, weight.panels + panel * size, weight.depth, sums, PANEL,
+                           nullptr);
+            finish(first, some, panel, sums);
+        }
     });
 }
 

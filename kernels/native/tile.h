@@ -141,8 +141,8 @@ INLINE void tile(const float *a, int64_t a_stride, const float *b, int64_t depth
     for (int64_t k = 0; k < depth; k++) {
         const vec left = load(b), right = load(b + LANES);
         if (FETCH) {
-            __builtin_prefetch(b + 16 * PANEL);
-            __builtin_prefetch(b + 16 * PANEL + LANES);
+            __builtin_prefetch(b + 64 * PANEL);
+            __builtin_prefetch(b + 64 * PANEL + LANES);
         }
         b += PANEL;
 #pragma GCC unroll 16
