@@ -58,22 +58,16 @@ class Detokenizer:
     def __init__(self, tokens: TokenBytes, *, continues: bool = True) -> None:
         """`continues`: the text goes on after a prompt, so a leading space is part of it."""
         self._tokens = tokens
-        self._rest = b""  # the beginning of a character that is not complete
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._drop_space = tokens.leading_space and not continues
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """The characters that these tokens complete."""
-        tokens = self._tokens
-        return self._cut(self._decode(self._rest + b"".join([tokens[token] for token in token_ids]), final=False))
+        return self._cut(self._decoder.decode(b"".join([self._tokens[token] for token in token_ids])))
 
     def flush(self) -> str:
         """What is left at the end: a replacement character if a character stayed incomplete."""
-        return self._cut(self._decode(self._rest, final=True))
-
-    def _decode(self, data: bytes, *, final: bool) -> str:
-        text, used = codecs.utf_8_decode(data, "replace", final)
-        self._rest = data[used:]
-        return text
+        return self._cut(self._decoder.decode(b"", final=True))
 
     def _cut(self, text: str) -> str:
         if self._drop_space and text:

@@ -63,7 +63,7 @@ class TokenRequest:
     fork_seeds: tuple[int, ...] = ()
 
 
-@dataclass(slots=True)  # not frozen: there is one for every token, and to freeze it takes longer than to make it
+@dataclass(frozen=True, slots=True)
 class TokenDelta:
     """New tokens of answer `index`: `token_ids[0]` is its generated token number `first_index`.
 
@@ -129,14 +129,12 @@ class Story:
         self._wait_until = min(request.deadline, self._loop.time() + ready_grace_s)
         self._attempt = 0
         self._answers = [_Answer(seed) for seed in (request.sampling.seed, *request.fork_seeds)]
-        self._num_open = len(self._answers)
         self._running: list[int] = []  # the answers of the newest attempt, in the order of its stream's sequences
         self._place: tuple[WorkerId, int] = (WorkerId(""), 0)  # worker and epoch of the newest attempt
         self._tried: set[tuple[WorkerId, int]] = set()
         self._failure: LinkOutput | None = None
         self._reservation: Reservation | None = None
         self._stream: LinkStream | None = None
-        self._alarm: asyncio.TimerHandle | None = None  # of the stream, at the deadline
         self._deltas: deque[TokenDelta] = deque()
 
     def __aiter__(self) -> Story:
@@ -146,7 +144,7 @@ class Story:
         """The next tokens, from whichever attempt gets that far."""
         try:
             while not self._deltas:
-                if not self._num_open:
+                if not self._open():
                     raise StopAsyncIteration
                 await self._advance()
         except BaseException:  # however the story ends, its place is given back
@@ -170,7 +168,6 @@ class Story:
     def _close(self) -> None:
         for answer in self._answers:
             answer.is_over = True
-        self._num_open = 0
         self._deltas.clear()
         self._leave()
 
@@ -180,8 +177,7 @@ class Story:
     def _end(self, answer: _Answer) -> None:
         """Nothing more will come of an answer; with the last one the place is given back."""
         answer.is_over = True
-        self._num_open -= 1
-        if not self._num_open:
+        if not self._open():
             self._leave()
         elif self._reservation is not None:
             self._reservation.end_answer()
@@ -190,9 +186,6 @@ class Story:
         """End the present attempt: the worker is told, the place given back. Idempotent, never waits."""
         reservation, self._reservation = self._reservation, None
         stream, self._stream = self._stream, None
-        alarm, self._alarm = self._alarm, None
-        if alarm is not None:
-            alarm.cancel()
         if reservation is not None and stream is not None:
             reservation.link.close(stream)
         if reservation is not None:
@@ -224,8 +217,6 @@ class Story:
                 pull=self._reservation.pull,
             )
         )
-        # One timer a stream, not one a wait: a wait there is for every token.
-        self._alarm = self._loop.call_at(request.deadline, self._stream.end_wait)
         return self._stream
 
     async def _reserve(self) -> tuple[Cover, Reservation]:
@@ -284,6 +275,13 @@ class Story:
         rest = self._request.token_ids[shared * block_size :]
         return cover.regions[-1].root + token_bytes(rest)
 
+    async def _take(self, stream: LinkStream) -> list[LinkOutput]:
+        try:
+            async with asyncio.timeout_at(self._request.deadline):
+                return await stream.take()
+        except TimeoutError:
+            raise deadline_exceeded() from None
+
     def _check_deadline(self) -> None:
         if self._loop.time() >= self._request.deadline:
             raise deadline_exceeded()
@@ -296,14 +294,12 @@ class Story:
             if self._failure is not None:
                 self._fail(self._failure)
             stream = self._stream or await self._begin()
-            outputs = await stream.take()
+            outputs = await self._take(stream)
         except WorkerLost:
             self._after_loss()
             return
-        if not outputs:
-            raise deadline_exceeded()
         for fork, index in enumerate(self._running):
-            said = [output for output in outputs if output.fork == fork] if len(self._running) > 1 else outputs
+            said = [output for output in outputs if output.fork == fork]
             if said and not self._answers[index].is_over:
                 self._accept(index, said)
         if self._failure is not None:

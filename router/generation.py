@@ -67,7 +67,7 @@ class Usage:
     attempts: int
 
 
-@dataclass(slots=True)  # not frozen, as `TokenDelta` is not
+@dataclass(frozen=True, slots=True)
 class TextDelta:
     """More of answer `index`. `finish` is set on its last delta, `usage` on the last of the call."""
 
@@ -125,16 +125,11 @@ class Generation:
             )
             call = _Call(request, [self._answer(checked) for _ in range(checked.n)], began)
             try:
-                async with aclosing(self._source.stream(request)) as stream:
-                    async for tokens in stream:
-                        delta = self._take(call, tokens, stream)
-                        if delta is not None:
-                            yield delta
-                        if call.finished:
-                            return
+                async with aclosing(self._deltas(call)) as deltas:
+                    async for delta in deltas:
+                        yield delta
             finally:
                 self._count_used(tenant.id, call)
-            raise InternalError("an answer ended without a reason")
 
     @asynccontextmanager
     async def _entered(self, tenant: Tenant, request_id: str, deadline: float) -> AsyncIterator[str]:
@@ -170,19 +165,29 @@ class Generation:
             self._tokenizer.detokenizer(), checked.stop, checked.min_tokens, interval=checked.stream_interval
         )
 
-    def _take(self, call: _Call, tokens: TokenDelta, stream: TokenStream) -> TextDelta | None:
-        """What a token delta gives to send: an answer is ended by its last token or by a stop string."""
-        call.saw(tokens, self._clock)
-        answer = call.answers[tokens.index]
-        piece = answer.take(tokens.token_ids, tokens.finish, tokens.stop_token_id)
-        if answer.finish is not None:
-            stream.drop(tokens.index)
-            call.finished = all(other.finish is not None for other in call.answers)
-        if piece is None:
-            return None
-        usage = call.usage(self._clock()) if call.finished else None
-        text, token_ids, finish, matched_stop = piece
-        return TextDelta(call.request.request_id, tokens.index, text, token_ids, finish, matched_stop, usage)
+    async def _deltas(self, call: _Call) -> AsyncGenerator[TextDelta, None]:
+        """All answers as their tokens come, each ended by its last token or by a stop string."""
+        async with aclosing(self._source.stream(call.request)) as stream:
+            async for tokens in stream:
+                call.saw(tokens, self._clock)
+                answer = call.answers[tokens.index]
+                piece = answer.take(tokens.token_ids, tokens.finish, tokens.stop_token_id)
+                if answer.finish is not None:
+                    stream.drop(tokens.index)
+                if piece is not None:
+                    usage = call.usage(self._clock()) if call.finished else None
+                    yield TextDelta(
+                        call.request.request_id,
+                        tokens.index,
+                        piece.text,
+                        piece.token_ids,
+                        piece.finish,
+                        piece.matched_stop,
+                        usage,
+                    )
+                if call.finished:
+                    return
+        raise InternalError("an answer ended without a reason")
 
     @contextmanager
     def _counted(self, tenant: TenantId, deadline: float) -> Iterator[None]:
@@ -229,22 +234,23 @@ class _Call:
         self.request = request
         self.answers = answers
         self.first_token_at: float | None = None
-        self.finished = False
-        """Whether every answer is."""
         self._began = began
         self._found: AdmissionReport | None = None
         self._first: TokenDelta | None = None
         self._attempts = 1
 
+    @property
+    def finished(self) -> bool:
+        """Whether every answer is."""
+        return all(answer.finish is not None for answer in self.answers)
+
     def saw(self, tokens: TokenDelta, clock: Callable[[], float]) -> None:
         """Keep what usage will say."""
-        self._attempts = tokens.attempts
         if self.first_token_at is None and tokens.token_ids:
             self.first_token_at = clock()
-        if self._found is None:
-            self._found = tokens.admission
-        if self._first is None:
-            self._first = tokens
+        self._found = self._found or tokens.admission
+        self._first = self._first or tokens
+        self._attempts = tokens.attempts
 
     def usage(self, now: float) -> Usage:
         """What the call took up to now."""

@@ -127,10 +127,6 @@ def usage_message(usage: Usage) -> pb.Usage:
 
 
 def _chunk(delta: TextDelta) -> pb.GenerateChunk:
-    if delta.finish is None and delta.usage is None:  # nearly all are tokens and no more
-        return pb.GenerateChunk(
-            index=delta.index, text=delta.text, token_ids=delta.token_ids, request_id=delta.request_id
-        )
     return pb.GenerateChunk(
         index=delta.index,
         text=delta.text,

@@ -12,7 +12,6 @@ import secrets
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import grpc
@@ -146,18 +145,19 @@ class Gate(grpc.aio.ServerInterceptor):
 
     async def _write_all(self, answer: Any, serialize: Callable[[Any], bytes], context: Context) -> None:
         try:
-            async with _Patience(self._limits.slow_reader_s) as patience:
-                async for message in answer:
-                    patience.begin()
-                    await context.write(serialize(message))
-                    patience.end()
+            async for message in answer:
+                await self._write(context, serialize(message))
         finally:
             await answer.aclose()
 
     async def _write(self, context: Context, message: bytes) -> None:
-        async with _Patience(self._limits.slow_reader_s) as patience:
-            patience.begin()
-            await context.write(message)
+        try:
+            async with asyncio.timeout(self._limits.slow_reader_s) as scope:
+                await context.write(message)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise ResourceExhausted("the client reads too slowly", reason="SLOW_READER") from None
 
     async def _messages(self, handler: Any, method: str, context: Context) -> AsyncIterator[Any]:
         """The call's messages, parsed; the first one has to come, and soon."""
@@ -190,58 +190,6 @@ class Gate(grpc.aio.ServerInterceptor):
             if not scope.expired():
                 raise
             raise DeadlineExceeded(too_late, reason="NO_MESSAGE") from None
-
-
-class _Patience:
-    """How long a client may leave a message untaken, over all messages of a call: one timer a call, not one a message.
-
-    A context around the writes; each is between `begin` and `end`. One that takes `limit_s` seconds is cancelled, and
-    the context raises `ResourceExhausted`.
-    """
-
-    __slots__ = ("_alarm", "_began", "_limit_s", "_loop", "_scope")
-
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
-        self._loop = asyncio.get_running_loop()
-        self._scope = asyncio.timeout(None)
-        self._began: float | None = None  # when the present write did
-        self._alarm: asyncio.TimerHandle | None = None
-
-    def begin(self) -> None:
-        """A write begins now."""
-        self._began = self._loop.time()
-        if self._alarm is None:
-            self._alarm = self._loop.call_at(self._began + self._limit_s, self._look)
-
-    def end(self) -> None:
-        """The client took it."""
-        self._began = None
-
-    def _look(self) -> None:
-        """Set for an earlier write, maybe: then it is set anew for the present one, if there is one."""
-        self._alarm = None
-        if self._began is None:
-            return
-        due = self._began + self._limit_s
-        if self._loop.time() >= due:
-            self._scope.reschedule(due)
-        else:
-            self._alarm = self._loop.call_at(due, self._look)
-
-    async def __aenter__(self) -> _Patience:
-        await self._scope.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
-        try:
-            await self._scope.__aexit__(kind, error, trace)
-        except TimeoutError:
-            raise ResourceExhausted("the client reads too slowly", reason="SLOW_READER") from None
 
 
 def error_metadata(error: PandoError) -> tuple[tuple[str, str | bytes], ...]:

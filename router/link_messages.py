@@ -8,7 +8,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from kvstore.following import FeedRequest
 from kvstore.ledger import Position, SnapshotPart
@@ -121,7 +120,8 @@ class AdmissionReport:
         return self.cached_device + self.cached_cpu + self.cached_remote
 
 
-class LinkOutput(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class LinkOutput:
     """New tokens of one sequence, or its end. `finish` is a word of the worker's `Finish`, in lower case.
 
     `fork` is 0 for the sequence of the submission itself, i for its i-th fork.
@@ -248,15 +248,12 @@ def _quota(quota: KvQuota) -> pb.Quota:
 
 def link_output(output: pb.SequenceOutput, fork: int) -> LinkOutput:
     """What a worker said of one sequence."""
-    token_ids = tuple(output.token_ids)
-    if output.finish == pb.FINISH_NONE and not output.HasField("admission"):  # nearly all are tokens and no more
-        return LinkOutput(fork, output.attempt, output.first_index, token_ids)
     finish = _FINISH.get(output.finish)
     return LinkOutput(
         fork=fork,
         attempt=output.attempt,
         first_index=output.first_index,
-        token_ids=token_ids,
+        token_ids=tuple(output.token_ids),
         finish=finish,
         admission=_admission(output.admission) if output.HasField("admission") else None,
         stop_token_id=output.stop_token_id if finish == "stop" else None,

@@ -7,12 +7,13 @@ all pieces together are those of the answer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from router.detokenizer import Detokenizer, StopStrings
 
 
-class TextPiece(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TextPiece:
     """What goes out next. `finish` is set on the last piece."""
 
     text: str
@@ -33,7 +34,6 @@ class TextAnswer:
         self._stops = StopStrings(stops) if stops else None
         self._min_tokens = min_tokens
         self._interval = interval
-        self._holds_nothing = not stops and interval <= 1
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._matched_stop = ""
@@ -44,8 +44,6 @@ class TextAnswer:
 
         `stop_token_id` is the token that ended the answer with "stop": the last of `token_ids`, without text.
         """
-        if finish is None and self._holds_nothing and self.finish is None:
-            return self._pass(token_ids)
         ended_by_token = finish == "stop" and stop_token_id is not None
         silent = ended_by_token and bool(token_ids) and token_ids[-1] == stop_token_id
         self._add(token_ids[:-1] if silent else token_ids)
@@ -54,13 +52,6 @@ class TextAnswer:
         if finish is not None and self.finish is None:
             self._end(finish, str(stop_token_id) if ended_by_token else "")
         return self._piece()
-
-    def _pass(self, token_ids: Sequence[int]) -> TextPiece | None:
-        """Of an answer where nothing is held back: every token at once."""
-        if not token_ids:
-            return None
-        self.num_tokens += len(token_ids)
-        return TextPiece(self._detokenizer.feed(token_ids), tuple(token_ids), None, "")
 
     def _add(self, token_ids: Sequence[int]) -> None:
         if self._stops is None:

@@ -65,45 +65,35 @@ class WorkerLost(Exception):
 class LinkStream:
     """The outputs of a submission, waiting to be taken; a slow reader finds them together.
 
-    `sequences` are its number on the link and those of its forks. One task reads it.
+    `sequences` are its number on the link and those of its forks.
     """
 
-    __slots__ = ("_ended", "_lost", "_outputs", "_waiter", "sequences")
+    __slots__ = ("_lost", "_news", "_outputs", "sequences")
 
     def __init__(self, sequences: tuple[int, ...]) -> None:
         self.sequences = sequences
         self._outputs: list[LinkOutput] = []
-        self._waiter: asyncio.Future[None] | None = None  # of the reader, while there is nothing for it
-        self._ended = False
+        self._news = asyncio.Event()
         self._lost = False
 
     async def take(self) -> list[LinkOutput]:
-        """All outputs since the last call; waits for one. None are left: `WorkerLost`, or none after `end_wait`."""
-        if not self._outputs and not self._ended:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+        """All outputs since the last call, at least one; waits for it. Raises `WorkerLost` once none is left."""
+        await self._news.wait()
+        self._news.clear()
         outputs, self._outputs = self._outputs, []
-        if self._lost and not outputs:
-            raise WorkerLost
+        if self._lost:
+            self._news.set()
+            if not outputs:
+                raise WorkerLost
         return outputs
-
-    def end_wait(self) -> None:
-        """Let the reader wait no more, whether outputs come or not."""
-        self._ended = True
-        self._wake()
 
     def _put(self, output: LinkOutput) -> None:
         self._outputs.append(output)
-        self._wake()
+        self._news.set()
 
     def _lose(self) -> None:
         self._lost = True
-        self.end_wait()
-
-    def _wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():  # done: who waited was cancelled
-            waiter.set_result(None)
+        self._news.set()
 
 
 class WorkerLink:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from kvstore.exchange import Export
@@ -166,7 +166,8 @@ def worker_messages(news: News) -> Iterator[pb.WorkerMessage]:
     for nonce in news.pongs:
         yield pb.WorkerMessage(pong=pb.Pong(nonce=nonce))
     if news.outputs:
-        yield _step_message(news.outputs)
+        outputs = [_output_message(attempt, output) for attempt, output in news.outputs.items()]
+        yield pb.WorkerMessage(step=pb.StepOutput(sequences=outputs))
     yield from _feed_messages(news.feed)
     if news.load is not None:
         yield pb.WorkerMessage(load=pb.Load(**asdict(news.load)))
@@ -202,18 +203,17 @@ def _snapshot_message(part: SnapshotPart) -> pb.Snapshot:
     )
 
 
-def _step_message(outputs: Mapping[Attempt, SequenceOutput]) -> pb.WorkerMessage:
-    message = pb.WorkerMessage()
-    add = message.step.sequences.add
-    for (sequence, attempt), output in outputs.items():
-        said = add(sequence=sequence, attempt=attempt, first_index=output.first_index, token_ids=output.token_ids)
-        if output.finish is not None:
-            said.finish = _FINISH[output.finish]
-            said.stop_token_id = output.stop_token_id or 0
-            said.reason = output.reason
-        if output.admission is not None:
-            said.admission.CopyFrom(_admission_message(output.admission))
-    return message
+def _output_message(attempt: Attempt, output: SequenceOutput) -> pb.SequenceOutput:
+    return pb.SequenceOutput(
+        sequence=attempt.sequence,
+        attempt=attempt.attempt,
+        first_index=output.first_index,
+        token_ids=output.token_ids,
+        finish=_FINISH[output.finish] if output.finish else pb.FINISH_NONE,
+        admission=_admission_message(output.admission) if output.admission else None,
+        stop_token_id=output.stop_token_id or 0,
+        reason=output.reason,
+    )
 
 
 def _admission_message(facts: AdmissionFacts) -> pb.Admission:

@@ -7,8 +7,7 @@ the oldest go; so a slow router gets fewer, larger messages.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 from kvstore.ledger import Listener, SnapshotPart, Told
 from worker.engine import Load
@@ -18,14 +17,16 @@ MAX_PENDING_EVENTS = 1024
 MAX_PENDING_PONGS = 16
 
 
-class Attempt(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Attempt:
     """The router's own name of a sequence."""
 
     sequence: int
     attempt: int
 
 
-class News(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class News:
     """All that a session has to say at one moment."""
 
     outputs: dict[Attempt, SequenceOutput]
