@@ -61,7 +61,7 @@ class PlanOrder(ctypes.Structure):
 
     _fields_ = [
         *((name, Pointer) for name in ("query_lens", "context_lens", "tables")),
-        *((name, Count) for name in ("num_seqs", "stride", "block_size")),
+        *((name, Count) for name in ("num_seqs", "num_tokens", "stride", "block_size")),
         ("windows", Pointer),
         *((name, Count) for name in ("num_windows", "most_tokens", "most_sequences", "num_kv_heads", "threads")),
     ]

@@ -136,9 +136,10 @@ class CpuStack:
 
     def _over(self, layers_kv: Sequence[torch.Tensor]) -> tuple[Stack, ctypes.Array[ctypes.c_void_p]]:
         """The decoder over these caches, which as a rule are those of all steps, and their first elements."""
-        if self._bound is None or self._bound[0] is not layers_kv:
-            self._bound = (layers_kv, *self._bind(layers_kv))
-        return self._bound[1:]
+        bound = self._bound
+        if bound is None or bound[0] is not layers_kv:
+            self._bound = bound = (layers_kv, *self._bind(layers_kv))
+        return bound[1:]
 
     def _bind(self, layers_kv: Sequence[torch.Tensor]) -> tuple[Stack, ctypes.Array[ctypes.c_void_p]]:
         stack = Stack(

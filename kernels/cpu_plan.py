@@ -63,13 +63,21 @@ def make_plan(
     follow it."""
     lens, contexts = (np.ascontiguousarray(numbers, dtype=np.int64) for numbers in (query_lens, context_lens))
     tables = np.ascontiguousarray(block_tables, dtype=np.int64)
+    if not len(lens) == len(contexts) == len(tables):
+        raise ValueError("each sequence has a query length, a context length and a block table")
     seen = np.array([window or 0 for window in windows], dtype=np.int64)
     piece, team = most_together(num_heads, num_kv_heads)
     num_tokens = int(lens.sum())
     slots, kept = np.empty(max(num_tokens, 0), dtype=np.int64), np.empty(tables.shape, dtype=np.int32)
     room = len(lens) + max(num_tokens, 0) // piece
     members, teams = np.empty((room, 4), dtype=np.int64), np.empty(room + 1, dtype=np.int64)
-    of = (*(array.ctypes.data for array in (lens, contexts, tables)), *tables.shape, block_size)
+    of = (
+        *(array.ctypes.data for array in (lens, contexts, tables)),
+        len(lens),
+        num_tokens,
+        tables.shape[1],
+        block_size,
+    )
     order = PlanOrder(*of, seen.ctypes.data, len(seen), piece, team, num_kv_heads, num_threads())
     answer = PlanAnswer(*(array.ctypes.data for array in (slots, kept, members, teams)))
     check(native().pando_plan(ctypes.byref(order), ctypes.byref(answer)))

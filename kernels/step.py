@@ -88,6 +88,11 @@ class StepNumbers:
     width: int
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the array has as many numbers as the parts say."""
+        return len(self.numbers) == self.num_seqs * (2 + self.width) + self.num_wanted + self.num_tokens
+
+    @property
     def query_lens(self) -> Ints:
         return self._part(0, self.num_seqs)
 

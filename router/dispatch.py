@@ -193,6 +193,8 @@ class Story:
         alarm, self._alarm = self._alarm, None
         if alarm is not None:
             alarm.cancel()
+        if stream is not None:
+            stream.end_wait()  # nobody wakes it once its alarm is off
         if reservation is not None and stream is not None:
             reservation.link.close(stream)
         if reservation is not None:

@@ -61,6 +61,8 @@ def step_inputs(batch: Batch, spec: ModelSpec) -> StepInputs:
         numbers.fromlist(_table(sequence, width, spec))
         numbers.fromlist([-1] * (most - width))
     step = StepNumbers(numbers, len(lens), len(wanted), sum(lens), most)
+    if not step.is_whole:
+        raise ValueError("a block table does not cover its context")
     return StepInputs(step, batch.copies, draws, drawn_from, _followed(batch))
 
 

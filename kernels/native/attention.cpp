@@ -12,9 +12,11 @@ static const int64_t KEYS = 128;  // positions looked at together, from a multip
 // What one thread works in; widths are padded to whole panels. In words: `query[rows][depth]`, `keys` as
 // [KEYS / PANEL][depth][PANEL], `values` as [width / PANEL][KEYS / PER_WORD][PANEL], and the weights at the beginning
 // of each row of `scores[rows][KEYS]` in place of its scores.
+namespace {
 struct Room {
     float *query, *keys, *values, *scores, *out, *top, *total, *keep;
 };
+}  // namespace
 
 // One team at one KV head.
 template <class T>
@@ -94,14 +96,14 @@ INLINE void take_value(const bf16 *value, int64_t key, int64_t begin, int64_t di
     }
 }
 
-// Keys and values of positions [begin, end) of the piece at `origin`.
 // Ask ahead for some numbers.
 template <class T>
 INLINE void fetch(const T *from, int64_t count) {
     for (int64_t at = 0; at < count; at += 64 / (int64_t)sizeof(T)) __builtin_prefetch(from + at, 0, 2);
 }
 
-// Those of the piece behind it, before position `last`, are asked for.
+// Keys and values of positions [begin, end) of the piece at `origin`. Those of the piece behind it, before position
+// `last`, are asked for.
 template <class T>
 static void take(const Work<T> &work, const int32_t *table, int64_t origin, int64_t begin, int64_t end, int64_t last) {
     const Shape &of = work.of;
@@ -294,7 +296,7 @@ bool attention(const float *query, int64_t q_stride, const T *cache, const Teams
     const int64_t size = rows * (of.head_dim + KEYS + width + 3) + KEYS * (of.head_dim + width) + 8 * 16;
     std::atomic<bool> failed{false};
     parts(of.num_kv_heads * teams.num_teams, threads, [&](int64_t index) {
-        float *memory = scratch(size);  // what pads the values is multiplied, and is a number from the start
+        float *memory = scratch(size);  // what pads the values is multiplied: nothing comes of it but in columns that pad
         if (!memory) {
             failed = true;
             return;

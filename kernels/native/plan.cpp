@@ -7,14 +7,26 @@
 #include <new>
 #include <vector>
 
+// Before anything is written: there is room for as many tokens as were said.
+static bool lengths_are_good(const Order &order) {
+    int64_t left = order.num_tokens;
+    for (int64_t sequence = 0; sequence < order.num_seqs; sequence++) {
+        const int64_t count = order.query_lens[sequence];
+        if (count < 1 || order.context_lens[sequence] < count || count > left) return false;
+        left -= count;
+    }
+    return left == 0;
+}
+
 // One sequence's table and slots, checked: nothing may be followed that is no block.
 static Verdict check(const Order &order, int64_t sequence, int64_t first_row, const Answer &answer) {
     const int64_t count = order.query_lens[sequence], context = order.context_lens[sequence], size = order.block_size;
-    if (count < 1 || context < count) return BAD_LENGTHS;
     if (context > order.stride * size) return SHORT_TABLE;
     const int64_t *table = order.tables + sequence * order.stride;
-    for (int64_t column = 0; column < order.stride; column++)
-        answer.tables[sequence * order.stride + column] = (int32_t)table[column];
+    for (int64_t column = 0; column < order.stride; column++) {
+        if (table[column] > INT32_MAX) return HOLE_READ;
+        answer.tables[sequence * order.stride + column] = table[column] < 0 ? -1 : (int32_t)table[column];
+    }
     const int64_t start = context - count, blocks = (context + size - 1) / size;
     for (int64_t index = 0; index < order.num_windows; index++) {
         const int64_t window = order.windows[index], first = window && start >= window ? start - window + 1 : 0;
@@ -70,6 +82,7 @@ static void write(Grouped &teams, Answer &answer) {
 }
 
 static Verdict planned(const Order &order, Answer &answer) {
+    if (!lengths_are_good(order)) return BAD_LENGTHS;
     Grouped teams;
     std::vector<Member> single;
     int64_t row = 0;

@@ -9,7 +9,7 @@ enum Verdict : int64_t { GOOD, NO_MEMORY, BAD_LENGTHS, SHORT_TABLE, HOLE_READ, H
 struct Order {
     const int64_t *query_lens, *context_lens;  // [num_seqs]
     const int64_t *tables;  // [num_seqs, stride]
-    int64_t num_seqs, stride, block_size;
+    int64_t num_seqs, num_tokens, stride, block_size;
     const int64_t *windows;
     int64_t num_windows;
     int64_t most_tokens, most_sequences;  // of a piece, of a team
@@ -26,8 +26,8 @@ struct Answer {
 };
 
 // How many members a step may have.
-inline int64_t most_members(const Order &order, int64_t num_tokens) {
-    return order.num_seqs + num_tokens / order.most_tokens;
+inline int64_t most_members(const Order &order) {
+    return order.num_seqs + order.num_tokens / order.most_tokens;
 }
 
 Verdict plan(const Order &order, Answer &answer);

@@ -29,9 +29,9 @@ struct Planned {
     std::vector<Member> members;
     Answer answer;
 
-    Verdict make(const Order &order, int64_t num_tokens) {
-        const int64_t room = most_members(order, num_tokens);
-        slots.resize(num_tokens), teams.resize(room + 1), members.resize(room);
+    Verdict make(const Order &order) {
+        const int64_t room = most_members(order);
+        slots.resize(order.num_tokens), teams.resize(room + 1), members.resize(room);
         tables.resize(order.num_seqs * order.stride);
         answer = {slots.data(), tables.data(), members.data(), teams.data(), 0, 0};
         return plan(order, answer);
@@ -56,8 +56,8 @@ struct Last {
             tables.insert(tables.end(), table, table + step.width);
         }
         order.query_lens = ones.data(), order.context_lens = contexts.data(), order.tables = tables.data();
-        order.num_seqs = step.num_wanted;
-        return planned.make(order, step.num_wanted);
+        order.num_seqs = order.num_tokens = step.num_wanted;
+        return planned.make(order);
     }
 };
 
@@ -72,15 +72,24 @@ static void head_logits(const void *hidden, const Packed &head, float *logits, i
     }
 }
 
+// Whether they are sequences of the step, in order, each once.
+static bool wanted_are_good(const Step &step) {
+    int64_t before = -1;
+    for (int64_t index = 0; index < step.num_wanted; before = step.wanted()[index++])
+        if (step.wanted()[index] <= before || step.wanted()[index] >= step.num_seqs) return false;
+    return true;
+}
+
 static Verdict run(const Stack &stack, const Step &step, void *const *caches, float *logits, int64_t *best,
                    int64_t threads, bool half) {
     const Shape &shape = stack.shape;
-    const Order order{step.query_lens(), step.context_lens(), step.tables(), step.num_seqs, step.width,
+    const Order order{step.query_lens(), step.context_lens(), step.tables(), step.num_seqs, step.num_tokens, step.width,
                       shape.block_size, step.windows, step.num_windows, step.most_tokens, step.most_sequences,
                       shape.num_kv_heads, threads};
+    if (!wanted_are_good(step)) return BAD_LENGTHS;
     Watch watch{step.spent};
     Planned whole;
-    Verdict verdict = whole.make(order, step.num_tokens);
+    Verdict verdict = whole.make(order);
     if (verdict != GOOD) return verdict;
     std::vector<int64_t> positions, ends;
     for (int64_t sequence = 0; sequence < step.num_seqs; sequence++) {

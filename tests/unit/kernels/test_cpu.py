@@ -186,3 +186,25 @@ def test_rotation_and_write() -> None:
         results.append(turned[:, :3])
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*caches)
+
+
+@pytest.mark.parametrize(
+    ("lens", "contexts", "tables"),
+    [
+        ([200_000, -199_999], [200_000, 5], [[0] * 50_001] * 2),
+        ([3, -1], [3, 5], [[0, 1]] * 2),
+        ([0], [3], [[0]]),
+        ([4], [3], [[0]]),
+        ([1, 1], [1, 1], [[0]]),
+        ([1], [1, 1], [[0]]),
+        ([1], [1], [[0], [1]]),
+        ([1], [9], [[0]]),
+        ([1], [1], [[1 << 31]]),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused_before_anything_is_written(
+    lens: list[int], contexts: list[int], tables: list[list[int]]
+) -> None:
+    cache = torch.zeros(4, 1, 2, 1, 8, 16)
+    with pytest.raises(ValueError, match=r"sequence|table"):
+        cpu.plan_attention(cache, lens, contexts, np.array(tables), num_heads=2)

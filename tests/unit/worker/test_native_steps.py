@@ -127,3 +127,17 @@ def test_what_native_code_does_not_take_goes_operation_by_operation(
     runner = load_model_runner(WorkerSettings(**options | settings))  # type: ignore[arg-type]
     assert native_steps(runner.decoder, runner.cache) is None
     runner.close()
+
+
+def test_a_table_that_is_too_short_is_refused(runner: ModelRunner) -> None:
+    shares = [ScheduledSequence(number, array("I", [3] * 9), 0, (number,), GREEDY) for number in range(2)]
+    with pytest.raises(ValueError, match="table"):
+        step_inputs(Batch(tuple(shares)), runner.spec)
+
+
+@pytest.mark.parametrize("wanted", [(1, 0, 3), (0, 1, 4), (-1, 1, 3), (0, 0, 3)], ids=str)
+def test_sequences_wanted_are_of_the_step_and_in_order(runner: ModelRunner, wanted: tuple[int, ...]) -> None:
+    inputs = step_inputs(batch(runner.spec.vocab_size), runner.spec)
+    inputs.step.numbers[8:11] = array("q", wanted)
+    with pytest.raises(ValueError, match="sequence"):
+        steps_of(runner).run(inputs)
